@@ -1,0 +1,158 @@
+r"""The tiny task: chained additions that a model of about a million parameters learns on a CPU.
+
+    question   3+8+5?
+    response   3+8=11 11+5=16 \boxed{16}
+
+Terms are uniform in 1..max_term, the number of terms uniform in min_terms..max_terms. Test is drawn
+first, then validation, then SFT and RL from the questions that neither holds, so test and
+validation depend on the seed and on the shape of the task, not on how much training data is asked.
+
+There are max_term ** min_terms questions of the shortest length. The splits may take half of them,
+so that rejection ends quickly and no length is used up:
+
+    test + validation <= half      or the task is refused
+    all four splits   <= half      then no question occurs twice; else training rows may repeat
+
+Launch:  python data/tiny.py --out data/generated --seed 0
+"""
+
+import argparse
+import json
+import os
+import random
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import NoReturn
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad option in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def solve(terms: list[int]) -> str:
+    """The worked response: one step per addition, then the box, separated by single spaces."""
+    sums = list(accumulate(terms))
+    steps = [
+        f"{left}+{term}={right}"
+        for (left, right), term in zip(pairwise(sums), terms[1:], strict=True)
+    ]
+    return " ".join([*steps, rf"\boxed{{{sums[-1]}}}"])
+
+
+def make_example(rng: random.Random, num_terms: tuple[int, int], max_term: int) -> dict[str, str]:
+    """One example: "question", "response", "ground_truth_answer". Both ends of num_terms count."""
+    terms = [rng.randint(1, max_term) for _ in range(rng.randint(*num_terms))]
+    return {
+        "question": "+".join(map(str, terms)) + "?",
+        "response": solve(terms),
+        "ground_truth_answer": str(sum(terms)),
+    }
+
+
+def make_splits(
+    seed: int, sizes: dict[str, int], num_terms: tuple[int, int], max_term: int
+) -> dict[str, list[dict[str, str]]]:
+    """Examples of "test", "validation", "sft" and "rl", as many as sizes says.
+
+    Raises ValueError if the task has too few questions to hold test and validation out.
+    """
+    half = max_term ** num_terms[0] // 2
+    held_out = sizes["test"] + sizes["validation"]
+    if held_out > half:
+        raise ValueError(
+            f"--max-term {max_term} is too small: test and validation may take {half} questions, "
+            f"{held_out} are asked; raise --max-term or --min-terms, or lower --test or "
+            "--validation"
+        )
+    training_may_repeat = sum(sizes.values()) > half
+    rng = random.Random(seed)
+    taken: set[str] = set()
+    splits: dict[str, list[dict[str, str]]] = {}
+    for name in ("test", "validation", "sft", "rl"):
+        rows = splits[name] = []
+        while len(rows) < sizes[name]:
+            example = make_example(rng, num_terms, max_term)
+            if example["question"] in taken:
+                continue
+            rows.append(example)
+            if name in ("test", "validation") or not training_may_repeat:
+                taken.add(example["question"])
+    return splits
+
+
+def to_row(example: dict[str, str], split: str) -> dict:
+    """The row as the split's reader expects it: a chat for SFT, question and answer elsewhere."""
+    if split == "sft":
+        user = {"role": "user", "content": example["question"]}
+        assistant = {"role": "assistant", "content": example["response"]}
+        return {"messages": [user, assistant]}
+    return {key: example[key] for key in ("question", "ground_truth_answer")}
+
+
+def write_files(texts: dict[Path, str]) -> None:
+    """Write each file completely or not at all; none is replaced before all are on disk.
+
+    A run that dies while writing must not leave the test set of one seed beside the SFT set of
+    another.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    try:
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path].write_text(text, encoding="utf-8", newline="\n")
+        for path in texts:
+            os.replace(temporary[path], path)
+    finally:
+        for leftover in temporary.values():
+            if leftover.exists():
+                leftover.unlink()
+
+
+def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of the command line; exits with code 2 and one line on a bad one."""
+    parser = OneLineParser(description="Generate the tiny arithmetic task.", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("data/generated"), help="folder, created")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sft", type=int, default=20000, help="rows of sft.jsonl")
+    parser.add_argument("--rl", type=int, default=20000, help="rows of rl.jsonl")
+    parser.add_argument("--validation", type=int, default=500, help="rows of validation.jsonl")
+    parser.add_argument("--test", type=int, default=1000, help="rows of test.jsonl")
+    parser.add_argument("--min-terms", type=int, default=3, help="fewest terms, at least 2")
+    parser.add_argument("--max-terms", type=int, default=4, help="most terms")
+    parser.add_argument("--max-term", type=int, default=49, help="terms are uniform in 1..this")
+    options = parser.parse_args(argv)
+    smallest = {"seed": 0, "sft": 0, "rl": 0, "validation": 0, "test": 0}
+    smallest |= {"min_terms": 2, "max_terms": options.min_terms, "max_term": 1}
+    for name, bound in smallest.items():
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if value < bound:
+            why = " (--min-terms)" if name == "max_terms" else ""
+            parser.error(f"{flag} must be at least {bound}{why}, got {value}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the splits, write them, say what was written."""
+    options = parse_options(argv)
+    sizes = {name: getattr(options, name) for name in ("sft", "rl", "validation", "test")}
+    try:
+        num_terms = (options.min_terms, options.max_terms)
+        splits = make_splits(options.seed, sizes, num_terms, options.max_term)
+        lines = {
+            options.out / f"{name}.jsonl": [json.dumps(to_row(row, name)) for row in splits[name]]
+            for name in sizes
+        }
+        write_files({path: "".join(f"{line}\n" for line in rows) for path, rows in lines.items()})
+    except (ValueError, OSError) as error:
+        OneLineParser().error(str(error))
+    for path, rows in lines.items():
+        print(f"{path}: {len(rows)} rows, {len(set(rows))} different")
+        print(f"  {rows[0]}" if rows else "  (empty)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Evaluation: a checkpoint answers the questions of a file, and every answer is graded.
+
+For each decoding rule (static, dynamic) every question gets `samples` answers. Reported: accuracy
+(mean over the samples), pass@k (some sample is right), tokens per forward, mean length of what the
+user sees, truncated answers (always wrong), and tokens per second. The protocol goes into
+summary.json beside the figures, since the same weights score very differently under another one.
+
+    python evaluate.py model=runs/demo/dipo/latest data=data/generated/test.jsonl
+    python evaluate.py --config configs/eval.yaml model=JetLM/SDAR-8B-Chat data=gsm8k.jsonl
+
+This is the first script of the chain, so what the other two share with it lives here as well: the
+config loader, the readers of question files, the exit code for bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+import reward
+from masking import InputError
+from model import find_folder, load, load_tokenizer, stop_ids
+from rollout import Decoding, Engine, Rollout, TorchEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Config = TypeVar("Config")
+Rule = Literal["dynamic", "static", "sequential"]
+
+
+@dataclass
+class EvalConfig:
+    """Fields of evaluate.py."""
+
+    model: str = "runs/demo/dipo/latest"  # checkpoint folder or hub id
+    data: str = "data/generated/test.jsonl"  # question file, JSON list or JSON Lines
+    out: str = "runs/eval"  # summary.json and responses-RULE.jsonl go here
+    rules: list[Rule] = field(default_factory=lambda: ["static", "dynamic"])  # decoding rules
+    samples: int = 1  # answers per question (k)
+    limit: int = 0  # only the first so many questions; 0: all
+    prompt: str = "{question}"  # the user's turn; {question} is replaced
+    threshold: float = 0.9  # dynamic: confidence that is enough to reveal
+    denoising_steps: int = 4  # static, sequential: steps per block
+    temperature: float = 1.0  # of the softmax that tokens and confidences come from
+    top_k: int = 1  # 1: greedy; 0: off
+    top_p: float = 1.0  # nucleus; 1: off
+    max_tokens: int = 256  # new tokens per answer
+    block_size: int = 0  # tokens per block; 0: the checkpoint's, or 4
+    max_batch: int = 256  # answers generated at once
+    seed: int = 0  # of the sampling
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+
+@dataclass
+class Question:
+    """A question with its gold answer."""
+
+    text: str
+    gold: str
+
+
+@dataclass
+class Answer:
+    """A rollout with its grade."""
+
+    rollout: Rollout
+    graded: reward.Graded
+
+
+def load_config(config_class: type[Config], argv: list[str]) -> Config:
+    """Defaults of the dataclass, then the YAML file of --config, then key=value overrides.
+
+    Raises:
+        InputError: unknown key, wrong type, bad choice, unreadable file; the message names the key.
+    """
+    parser = argparse.ArgumentParser(
+        description=sys.modules[config_class.__module__].__doc__,
+        epilog="fields and defaults:\n" + OmegaConf.to_yaml(OmegaConf.structured(config_class)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(argv)
+    for override in options.overrides:
+        if "=" not in override:
+            raise InputError(f"{override}: expected key=value")
+    layers = [OmegaConf.structured(config_class)]
+    try:
+        if options.config:
+            layers.append(OmegaConf.load(options.config))
+        layers.append(OmegaConf.from_dotlist(options.overrides))
+        return OmegaConf.to_object(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        key = f"config key {error.full_key}: " if error.full_key else ""
+        raise InputError(key + str(error).splitlines()[0]) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{options.config}: no such config file") from error
+    except Exception as error:  # the YAML parser's own kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{options.config}: not a YAML config ({reason})") from error
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Call main(arguments); bad input and a full disk end in one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'file system'}: {error.strerror or error}"))
+    except SafetensorError as error:  # how safetensors reports an OSError
+        sys.exit(_fail(f"cannot write weights: {error}"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) pairs of a JSON list or JSON Lines file; `where` names file and line.
+
+    Raises:
+        InputError: missing, empty or malformed file, or a row that is no object.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{path}: no such data file")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    rows = []
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{path}: row {i + 1}", row) for i, row in enumerate(json.loads(text))]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append((f"{path}:{number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: not JSON ({error.msg})") from error
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+    return rows
+
+
+def read_questions(path: str) -> list[Question]:
+    """Questions of a file in any of the formats of data/README.md.
+
+    Raises:
+        InputError: a row without a question or without an answer.
+    """
+    questions = []
+    for where, row in read_rows(path):
+        text = row.get("question", row.get("problem"))
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"{where}: no question (expected a text in `question` or `problem`)")
+        names = ("ground_truth_answer", "answer", "final_answer")
+        gold = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        if isinstance(gold, list):
+            gold = ", ".join(map(str, gold))
+        if not isinstance(gold, str | int | float):
+            raise InputError(f"{where}: no answer (expected one of {', '.join(names)})")
+        questions.append(Question(text, str(gold).rpartition("####")[2].strip()))
+    return questions
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, user_turn: str) -> list[int]:
+    """Token ids of a chat with one user turn, ready for the assistant's."""
+    chat = [{"role": "user", "content": user_turn}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def choose_block_size(wanted: int, model_config: Any) -> int:
+    """The block size to use: the config's, or the checkpoint's, or 4 as in published SDAR.
+
+    Raises:
+        InputError: both are given and differ.
+    """
+    trained = getattr(model_config, "block_size", None)
+    if wanted < 0 or (wanted and trained and wanted != trained):
+        raise InputError(f"config key block_size: {wanted}, but the checkpoint has {trained}")
+    return wanted or trained or 4
+
+
+def make_engine(
+    checkpoint: str,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    max_batch: int,
+    dtype: str = "float32",
+) -> Engine:
+    """The rollout engine for a checkpoint. (A second engine joins here.)"""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(checkpoint, getattr(torch, dtype), device)
+    b = choose_block_size(block_size, model.config)
+    return TorchEngine(model, b, tokenizer.mask_token_id, stop_ids(tokenizer), max_batch)
+
+
+def grade_rollouts(
+    tokenizer: PreTrainedTokenizerFast, rollouts: list[Rollout], golds: list[str], block_size: int
+) -> list[Answer]:
+    """Decode and grade each rollout against its gold answer."""
+    answers = []
+    for rollout, gold in zip(rollouts, golds, strict=True):
+        graded = reward.grade(
+            tokenizer.decode(rollout.visible_ids, skip_special_tokens=True),
+            gold,
+            num_tokens=rollout.num_tokens,
+            truncated=rollout.finish_reason == "length",
+            tokens_per_forward=rollout.tokens_per_forward,
+            block_size=block_size,
+        )
+        answers.append(Answer(rollout, graded))
+    return answers
+
+
+def answer_questions(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    how: Decoding,
+    block_size: int,
+    samples: int = 1,
+    prompt: str = "{question}",
+    seed: int = 0,
+    title: str = "answers",
+) -> list[list[Answer]]:
+    """`samples` graded answers to each question; under torchrun every rank answers its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(questions), world)
+    prompts = [encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine]
+    with tqdm(total=len(prompts) * samples, desc=title, unit="answer", disable=rank > 0) as bar:
+        rollouts = engine.generate(
+            [ids for ids in prompts for _ in range(samples)],
+            [seed + i * samples + j for i in mine for j in range(samples)],
+            how,
+            done=lambda rollout: bar.update(),
+        )
+    golds = [questions[i].gold for i in mine for _ in range(samples)]
+    answers = grade_rollouts(tokenizer, rollouts, golds, block_size)
+    shares = [[answers[n : n + samples] for n in range(0, len(answers), samples)]]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, [answers[n : n + samples] for n in range(0, len(answers), samples)])
+    return [shares[i % world][i // world] for i in range(len(questions))]
+
+
+def summarize(answers: list[list[Answer]]) -> dict[str, float]:
+    """Figures over questions x samples."""
+    flat = [a for group in answers for a in group]
+    mean = len(flat)
+    return {
+        "questions": len(answers),
+        "samples": len(flat) // len(answers),
+        "accuracy": sum(a.graded.correct for a in flat) / mean,
+        "pass_at_k": sum(any(a.graded.correct for a in g) for g in answers) / len(answers),
+        "tpf": sum(len(a.rollout.response_ids) for a in flat) / sum(a.rollout.num_steps for a in flat),
+        "tokens": sum(a.rollout.num_tokens for a in flat) / mean,
+        "truncated": sum(a.graded.truncated for a in flat) / mean,
+    }
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """A Markdown table with a line per decoding rule (or checkpoint)."""
+    lines = [
+        "| | questions | k | accuracy | pass@k | TPF | tokens | truncated | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, s in rows.items():
+        lines.append(
+            f"| {name} | {s['questions']} | {s['samples']} | {100 * s['accuracy']:.1f} % "
+            f"| {100 * s['pass_at_k']:.1f} % | {s['tpf']:.2f} | {s['tokens']:.1f} "
+            f"| {100 * s['truncated']:.1f} % | {s['tokens_per_second']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is there completely or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)
+
+
+def answer_record(question: Question, answer: Answer) -> dict[str, Any]:
+    """What is kept of an answer on disk."""
+    r, g = answer.rollout, answer.graded
+    return {
+        "question": question.text,
+        "gold": question.gold,
+        "answer": g.answer,
+        "correct": g.correct,
+        "text": g.text,
+        "tpf": r.tokens_per_forward,
+        "num_tokens": r.num_tokens,
+        "finish_reason": r.finish_reason,
+        "seed": r.seed,
+        "steps": r.steps,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate one checkpoint on one file."""
+    config = load_config(EvalConfig, argv)
+    if min(config.samples, config.max_tokens, config.max_batch, len(config.rules)) < 1:
+        raise InputError("config keys samples, max_tokens, max_batch and rules: expected at least 1")
+    questions = read_questions(config.data)
+    questions = questions[: config.limit or len(questions)]
+    tokenizer = load_tokenizer(config.model)
+    engine = make_engine(
+        config.model, tokenizer, config.block_size, config.max_batch, config.dtype
+    )
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    summaries = {}
+    for rule in config.rules:
+        shared = {f.name for f in dataclasses.fields(Decoding)} & vars(config).keys()
+        how = Decoding(rule=rule, **{name: getattr(config, name) for name in shared})
+        start = time.perf_counter()
+        answers = answer_questions(
+            engine, tokenizer, questions, how, engine.block_size,
+            config.samples, config.prompt, config.seed, rule,
+        )  # fmt: skip
+        summaries[rule] = s = summarize(answers)
+        s["seconds"] = time.perf_counter() - start
+        s["tokens_per_second"] = s["tokens"] * s["questions"] * s["samples"] / s["seconds"]
+        with open(out / f"responses-{rule}.jsonl", "w") as file:
+            for question, group in zip(questions, answers, strict=True):
+                for answer in group:
+                    file.write(json.dumps(answer_record(question, answer)) + "\n")
+    config.model = str(find_folder(config.model))
+    write_json(out / "summary.json", {"config": dataclasses.asdict(config), **summaries})
+    print(table(summaries))
+    print(f"\nwrote {out}/summary.json and the responses beside it")
+    engine.close()
+
+
+if __name__ == "__main__":
+    run_script(main)

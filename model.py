@@ -1,0 +1,504 @@
+"""SDAR: a Qwen3 decoder that denoises blocks.
+
+The network is transformers' Qwen3 (Qwen3-MoE for the 30B-A3B model) with published SDAR weights; what
+makes it SDAR is who sees whom. A token sees every token of its own block of B and of earlier blocks,
+and the logits at position i predict the token *at* i (no shift), where a mask token stands for what is
+not known yet. Three things are added here:
+
+    score    a packed training pass (masking.py): log-probability of every action, and entropy
+    decode   one forward over some blocks of several sequences against a key/value cache
+    load, save, tiny    Hugging Face folders, without trust_remote_code; a tiny one from scratch
+
+Attention is one function that asks a `visible` object to attend: over a packed row (`FlexRow` on CUDA,
+`JointRow` on CPU, `DenseRow` as the plain reference) or over the cache (`CachedBlocks`).
+
+    python model.py runs/tiny    # writes a tiny random SDAR checkpoint with its tokenizer
+
+Sources: SDAR (arXiv 2510.06303), BD3-LM (2503.09573), FlexAttention (2412.05496).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from masking import HOLD, InputError, Packed, block_mask, dense_mask, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
+LOGITS_PER_CHUNK = 2**25  # logits held at once while scoring: 128 MiB in float32
+
+
+@dataclass
+class Sampling:
+    """What is done to the logits before a token is drawn. Rollout and training must agree on it."""
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off; 1: greedy
+    top_p: float = 1.0
+
+
+@dataclass
+class Scores:
+    """What `score` returns for M rows."""
+
+    logprobs: torch.Tensor  # [M] log-probability of the action: reveal this token, or hold
+    entropy: torch.Tensor  # [M] of the distribution sampled from, in nats
+
+
+def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, log g), each [..., V] in float32, from logits [..., V].
+
+    p is the softmax over the whole vocabulary after temperature: confidences come from it.
+    g is p after top-k, then top-p, renormalised: tokens are drawn from it. Same order and the same
+    comparisons as LMDeploy 0.18.0 (pytorch/engine/logits_process.py).
+    """
+    log_p = F.log_softmax(logits.float() / how.temperature, dim=-1)
+    if how.top_k == 0 and how.top_p == 1.0:
+        return log_p, log_p
+    ranked, order = log_p.detach().sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if how.top_k:
+        keep[..., how.top_k :] = False
+    if how.top_p < 1.0:
+        kept = ranked.masked_fill(~keep, -torch.inf).softmax(-1)
+        keep &= kept.cumsum(-1) - kept <= how.top_p
+        keep[..., 0] = True
+    dropped = torch.ones_like(keep).scatter(-1, order, ~keep)
+    return log_p, F.log_softmax(log_p.masked_fill(dropped, -torch.inf), dim=-1)
+
+
+def score_logits(
+    logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling
+) -> Scores:
+    """Log-probability of each action and entropy, from logits [M, V].
+
+    A reveal of v has log g(v). A hold (target HOLD) has log of the mass of those draws that the rule
+    would have held, sum of g(v) over v with p(v) < bound, as a log-sum-exp. Source: design, section 4.
+    """
+    log_p, log_g = sampling_logprobs(logits, how)
+    reveal = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    held = targets == HOLD
+    if held.any():
+        below = (log_p[held].exp() < bounds[held, None]) & log_g[held].isfinite()
+        possible = below.any(-1)  # a policy that moved may leave no draw to hold: the floor then
+        mass = log_g[held].masked_fill(~(below | ~possible[:, None]), -torch.inf).logsumexp(-1)
+        mass = torch.where(possible, mass, LOG_FLOOR)
+        reveal = reveal.index_put((held.nonzero()[:, 0],), mass)
+    entropy = -(log_g.exp() * log_g.clamp(min=LOG_FLOOR)).sum(-1)
+    return Scores(reveal.clamp(min=LOG_FLOOR), entropy)
+
+
+class SDARConfig(Qwen3Config):
+    """Qwen3's configuration under the published model type."""
+
+    model_type = "sdar"
+
+
+class SDARMoeConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's configuration under the published model type."""
+
+    model_type = "sdar_moe"
+
+
+class BlockDiffusion:
+    """The two passes that SDAR adds to a Qwen3 language model."""
+
+    def score(self, packed: Packed, how: Sampling, attention: str = "auto") -> Scores:
+        """Score the rows of a packed row in one forward pass, gradient included.
+
+        Logits are never held for all rows: chunks of rows go through the LM head one by one, and are
+        computed again in the backward pass.
+        """
+        row = attention_over(packed, attention)
+        hidden = self.model(
+            input_ids=packed.ids[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            visible=row,
+        ).last_hidden_state[0]  # [N, hidden]
+
+        def score_chunk(hidden, targets, bounds) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = score_logits(self.lm_head(hidden), targets, bounds, how)
+            return scores.logprobs, scores.entropy
+
+        chunk = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        parts = [t.split(chunk) for t in (hidden[packed.rows], packed.targets, packed.bounds)]
+        if len(parts[0]) == 1:
+            return Scores(*score_chunk(*(t[0] for t in parts)))
+        scored = [
+            checkpoint(score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)
+        ]
+        return Scores(*(torch.cat(t) for t in zip(*scored, strict=True)))
+
+    def prefill(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: BlockCache, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Final hidden states [S, T, hidden] of T neighbouring tokens (whole blocks) of S sequences.
+
+        Their keys and values are written to the cache at their positions, replacing what an earlier
+        step of the same block left there; so a last forward over the finished block leaves it clean.
+        """
+        seen = CachedBlocks(cache, slots, positions)
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, visible=seen)
+        return out.last_hidden_state
+
+    def decode(
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: BlockCache, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [S, T, V]; otherwise like `prefill`."""
+        return self.lm_head(self.prefill(ids, positions, cache, slots))
+
+
+class SDARForCausalLM(BlockDiffusion, Qwen3ForCausalLM):
+    """Published SDAR-1.7B to 8B checkpoints."""
+
+    config_class = SDARConfig
+
+
+class SDARMoeForCausalLM(BlockDiffusion, Qwen3MoeForCausalLM):
+    """Published SDAR-30B-A3B checkpoints."""
+
+    config_class = SDARMoeConfig
+
+
+def attend(module, query, key, value, attention_mask, scaling, visible, **_):
+    """transformers' attention hook: query [S, H, T, D], key and value [S, KV, T, D] -> [S, T, H, D]."""
+    return visible.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("sdar", attend)
+for _config, _model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeForCausalLM)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+# Published files keep one tensor per expert; transformers fuses them on loading, and splits on saving.
+register_checkpoint_conversion_mapping(
+    "sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
+
+
+def attention_over(packed: Packed, backend: str = "auto") -> FlexRow | JointRow | DenseRow:
+    """The attention for one packed row: `flex`, `joint` or `dense`; auto is flex on CUDA, else joint."""
+    if backend == "auto":
+        backend = "flex" if packed.ids.is_cuda else "joint"
+    return {"flex": FlexRow, "joint": JointRow, "dense": DenseRow}[backend](packed)
+
+
+class DenseRow:
+    """SDPA with the N x N mask: the plain reference, for tests and short rows."""
+
+    def __init__(self, packed: Packed):
+        self.mask = dense_mask(packed)
+
+    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
+        return out.transpose(1, 2)
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+class FlexRow:
+    """FlexAttention over tiles; compiled on CUDA. (On CPU it has no backward pass in torch 2.13.)"""
+
+    def __init__(self, packed: Packed):
+        self.mask = block_mask(packed)
+
+    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = _compiled_flex() if q.is_cuda else flex_attention
+        out = flex(q, k, v, block_mask=self.mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+class JointRow:
+    """Exact attention on CPU without the N x N waste: view-to-view is almost all empty.
+
+    Every group of B neighbours (a block of the clean copy, or a view) sees itself and the clean
+    tokens of earlier blocks. So a query is scored against the L clean keys of its sequence and the B
+    keys of its own group, under one softmax. Sequences are padded to the longest of the row.
+    """
+
+    def __init__(self, packed: Packed):
+        device = packed.ids.device
+        length = torch.bincount(packed.sequence)  # [S] tokens of each sequence, views included
+        clean = torch.bincount(packed.sequence[packed.view == 0])
+        self.group, self.num_keys = packed.block_size, int(clean.max())
+        self.shape = (len(length), int(length.max()))  # S, T
+        inside = torch.arange(self.shape[1], device=device)
+        valid = inside < length[:, None]  # [S, T]
+        gather = torch.where(valid, inside + (length.cumsum(0) - length)[:, None], 0)
+        self.gather = gather.flatten()
+        self.scatter = valid.flatten().nonzero()[:, 0]
+        self.padded = self.scatter.numel() != self.gather.numel()
+        tags = [t[gather] for t in (packed.sequence, packed.block, packed.view)]
+        q_tags, kv_tags = [t[:, :, None] for t in tags], [t[:, None, : self.num_keys] for t in tags]
+        own = (q_tags[1] == kv_tags[1]) & (q_tags[2] == kv_tags[2])  # scored with the group instead
+        seen = visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
+        self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+
+    def _split(self, t: torch.Tensor) -> torch.Tensor:
+        """[1, H, N, D] -> [S, H, T, D]."""
+        t = t[0].transpose(0, 1)  # [N, H, D]
+        t = t.index_select(0, self.gather) if self.padded else t
+        return t.view(*self.shape, *t.shape[1:]).transpose(1, 2)
+
+    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+        heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+        (s, t), b, n = self.shape, self.group, self.num_keys
+        q, k, v = self._split(q * scaling), self._split(k), self._split(v)
+        q = q.reshape(s, kv_heads, -1, dim)  # heads that share a key head, one after the other
+        bias = self.bias[:, None, None]  # [S, 1, 1, T, L]
+        clean = (q @ k[:, :, :n].transpose(2, 3)).view(s, kv_heads, -1, t, n) + bias
+        grouped_q = q.view(s, kv_heads, -1, t // b, b, dim)
+        grouped_k, grouped_v = (x.reshape(s, kv_heads, 1, t // b, b, dim) for x in (k, v))
+        own = (grouped_q @ grouped_k.transpose(-1, -2)).view(s, kv_heads, -1, t, b)
+        weights = torch.cat([clean, own], dim=-1).softmax(-1)
+        w_clean, w_own = weights.split([n, b], dim=-1)
+        out = w_clean.reshape(s, kv_heads, -1, n) @ v[:, :, :n]
+        own_out = w_own.reshape(s, kv_heads, -1, t // b, b, b) @ grouped_v
+        out = out.view(s, heads, t, dim) + own_out.view(s, heads, t, dim)
+        out = out.transpose(1, 2).reshape(s * t, heads, dim)
+        return (out.index_select(0, self.scatter) if self.padded else out)[None]
+
+
+class BlockCache:
+    """Keys and values of `slots` sequences of at most `max_tokens` tokens."""
+
+    def __init__(self, model: BlockDiffusion, slots: int, max_tokens: int, block_size: int):
+        c = model.config
+        shape = (c.num_hidden_layers, 2, slots, max_tokens, c.num_key_value_heads, c.head_dim)
+        self.keys_values = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.block_size = block_size
+
+
+@dataclass
+class CachedBlocks:
+    """Attention of T neighbouring tokens of S sequences over the cache, block-causally."""
+
+    cache: BlockCache
+    slots: torch.Tensor  # [S] which sequence of the cache each row is
+    positions: torch.Tensor  # [S, T]
+
+    def __post_init__(self):
+        self.length = int(self.positions.max()) + 1
+        kv_block = torch.arange(self.length, device=self.slots.device) // self.cache.block_size
+        q_block = self.positions[:, :, None] // self.cache.block_size
+        self.mask = visible(0, q_block, 0, 0, kv_block, torch.zeros_like(kv_block))  # [S, T, kv]
+
+    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+        s, heads, t, dim = q.shape
+        for cached, new in zip(self.cache.keys_values[layer], (k, v), strict=True):
+            cached[self.slots[:, None], self.positions] = new.transpose(1, 2)
+        k, v = self.cache.keys_values[layer][:, self.slots, : self.length].transpose(2, 3)
+        ratio = heads // k.shape[1]  # heads that share a key head become further queries
+        mask = self.mask[:, None].repeat(1, 1, ratio, 1)
+        q = q.reshape(s, k.shape[1], ratio * t, dim)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        return out.view(s, heads, t, dim).transpose(1, 2)
+
+
+def find_folder(name: str) -> Path:
+    """The local folder of a checkpoint: a path, or a Hugging Face model id (fetched once)."""
+    if Path(name).exists():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name}: no such checkpoint folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub raises many kinds; for the user they are one
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: neither a folder nor a model of the hub ({reason})") from error
+
+
+def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> BlockDiffusion:
+    """An SDAR model from a checkpoint folder or a hub id.
+
+    Raises:
+        InputError: no folder, no config, not an SDAR model, missing or damaged weights.
+    """
+    folder = find_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}/config.json: not a model config ({_first(error)})") from error
+    if config.model_type not in ("sdar", "sdar_moe"):
+        raise InputError(f"{folder}/config.json: model_type is {config.model_type}, expected sdar")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no weights, expected model.safetensors")
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdar",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a truncated file, a wrong shape: safetensors and torch differ
+        raise InputError(f"{folder}: cannot read the weights ({_first(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[problem])):
+            raise InputError(f"{folder}: {problem.replace('_keys', '')} tensor {names[0]}")
+    return model.to(device)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, checked for what block diffusion needs.
+
+    Raises:
+        InputError: no tokenizer, no mask token, no chat template.
+    """
+    folder = find_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{folder}: cannot read the tokenizer ({_first(error)})") from error
+    if tokenizer.mask_token_id is None:
+        tokenizer.mask_token = "<|MASK|>" if "<|MASK|>" in tokenizer.get_vocab() else None
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"{folder}: the tokenizer has no mask token, expected <|MASK|>")
+    if not tokenizer.chat_template:
+        raise InputError(f"{folder}: the tokenizer has no chat template")
+    return tokenizer
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that end a response: the end of the turn and the end of the text."""
+    names = [tokenizer.eos_token, "<|im_end|>", "<|endoftext|>"]
+    vocabulary = tokenizer.get_vocab()
+    return sorted({vocabulary[n] for n in names if n in vocabulary})
+
+
+def save(
+    model: BlockDiffusion, folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Write a Hugging Face folder that loads wherever `source` does.
+
+    Everything but the weights (config.json, tokenizer, chat template, published modelling code) is
+    copied from `source` byte for byte, so that no version of transformers rewrites it.
+    """
+    kept = (".json", ".txt", ".jinja", ".py")
+    files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
+    contents = {file.name: file.read_bytes() for file in files}  # `source` may be `folder`
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=dict(tensors))
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, the special tokens of SDAR's tokenizer and the names of the roles: 263 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"])
+    core.add_tokens([AddedToken(name, normalized=False) for name in ("system", "user", "assistant")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|MASK|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
+    """Write a small random SDAR checkpoint (0.8 M parameters) with a byte-level tokenizer.
+
+    Args:
+        changes: fields of config.json to set otherwise, e.g. hidden_size=64 or block_size=8.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # the class name that transformers 4 knows as well
+    known = settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    settings.write_text(known)
+    config = {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        "attention_bias": False,
+        "block_size": 4,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.05,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": 264,
+    } | changes
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model_class = SDARMoeForCausalLM if config["model_type"] == "sdar_moe" else SDARForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(AutoConfig.from_pretrained(folder))
+    save(model, folder, folder, model.state_dict().items())
+    return folder
+
+
+if __name__ == "__main__":
+    where = tiny(sys.argv[1] if len(sys.argv) > 1 else "runs/tiny")
+    size = sum(p.numel() for p in load(str(where)).parameters())
+    print(f"wrote {where}: {size:,} parameters, {len(load_tokenizer(str(where)))} tokens")
