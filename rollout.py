@@ -125,6 +125,8 @@ def hold_bound(confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding) 
 class Engine(Protocol):
     """What dipo.py and evaluate.py need of a rollout engine."""
 
+    block_size: int
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -166,6 +168,7 @@ class TorchEngine:
         self.block_size, self.mask_id = block_size, mask_id
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.max_batch = max_batch
+        self._device = model.device
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite the weights in place.
@@ -185,7 +188,6 @@ class TorchEngine:
 
     def sleep(self) -> None:
         """Nothing is kept between calls but the weights; those wait on the CPU."""
-        self._device = self.model.device
         if self._device.type != "cpu":
             self.model.to("cpu")
             torch.cuda.empty_cache()

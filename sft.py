@@ -231,7 +231,8 @@ class Run:
         self.rank, self.world, self.device = start_distributed()
         self.step = self.cursor = 0
         checkpoint = self._open_directory()
-        self.base = checkpoint or self._base_model()
+        self.initial = self._initial_model()
+        self.base = checkpoint or self.initial  # where weights and the other files come from
         self.tokenizer = load_tokenizer(str(self.base))
         self.mask_id = self.tokenizer.mask_token_id
         self.model = load(str(self.base), torch.float32, self.device)
@@ -272,7 +273,7 @@ class Run:
         self.barrier()
         return checkpoint
 
-    def _base_model(self) -> Path:
+    def _initial_model(self) -> Path:
         if self.config.model != "tiny":
             return find_folder(self.config.model)
         folder = self.out / "tiny"
