@@ -265,7 +265,9 @@ class JointRow:
         tags = [t[gather] for t in (packed.sequence, packed.block, packed.view)]
         q_tags, kv_tags = [t[:, :, None] for t in tags], [t[:, None, : self.num_keys] for t in tags]
         own = (q_tags[1] == kv_tags[1]) & (q_tags[2] == kv_tags[2])  # scored with the group instead
-        seen = visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
+        seen = (
+            visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
+        )
         self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
 
     def _split(self, t: torch.Tensor) -> torch.Tensor:
@@ -440,7 +442,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"])
-    core.add_tokens([AddedToken(name, normalized=False) for name in ("system", "user", "assistant")])
+    core.add_tokens(
+        [AddedToken(name, normalized=False) for name in ("system", "user", "assistant")]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",

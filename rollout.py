@@ -352,7 +352,9 @@ class _Batch:
         begin, end = len(request.prompt), int(self.start[slot]) + self.engine.block_size
         ids = self.ids[slot, begin:end].tolist()
         shown = ids[: self.how.max_tokens]
-        stop = next((i for i, v in enumerate(shown) if v in set(self.engine.stop_ids.tolist())), None)
+        stop = next(
+            (i for i, v in enumerate(shown) if v in set(self.engine.stop_ids.tolist())), None
+        )
         return request.index, Rollout(
             prompt_ids=request.prompt,
             response_ids=ids,

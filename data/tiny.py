@@ -43,18 +43,28 @@ def solve(terms: list[int]) -> str:
     return " ".join([*steps, rf"\boxed{{{sums[-1]}}}"])
 
 
-def make_example(rng: random.Random, num_terms: tuple[int, int], max_term: int) -> dict[str, str]:
-    """One example: "question", "response", "ground_truth_answer". Both ends of num_terms count."""
+def make_example(
+    rng: random.Random, num_terms: tuple[int, int], max_term: int, careless: float = 0.0
+) -> dict[str, str]:
+    """One example: "question", "response", "ground_truth_answer". Both ends of num_terms count.
+
+    With probability `careless` the response to a sum of the most terms leaves out the last of them.
+    """
     terms = [rng.randint(1, max_term) for _ in range(rng.randint(*num_terms))]
+    stops_early = rng.random() < careless and len(terms) == num_terms[1]
     return {
         "question": "+".join(map(str, terms)) + "?",
-        "response": solve(terms),
+        "response": solve(terms[:-1] if stops_early else terms),
         "ground_truth_answer": str(sum(terms)),
     }
 
 
 def make_splits(
-    seed: int, sizes: dict[str, int], num_terms: tuple[int, int], max_term: int
+    seed: int,
+    sizes: dict[str, int],
+    num_terms: tuple[int, int],
+    max_term: int,
+    careless: float = 0.0,
 ) -> dict[str, list[dict[str, str]]]:
     """Examples of "test", "validation", "sft" and "rl", as many as sizes says.
 
@@ -75,7 +85,7 @@ def make_splits(
     for name in ("test", "validation", "sft", "rl"):
         rows = splits[name] = []
         while len(rows) < sizes[name]:
-            example = make_example(rng, num_terms, max_term)
+            example = make_example(rng, num_terms, max_term, careless)
             if example["question"] in taken:
                 continue
             rows.append(example)
@@ -124,7 +134,12 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--min-terms", type=int, default=3, help="fewest terms, at least 2")
     parser.add_argument("--max-terms", type=int, default=4, help="most terms")
     parser.add_argument("--max-term", type=int, default=49, help="terms are uniform in 1..this")
+    parser.add_argument(
+        "--careless", type=float, default=0.7, help="share of longest sums that SFT answers wrong"
+    )
     options = parser.parse_args(argv)
+    if not 0 <= options.careless <= 1:
+        parser.error(f"--careless must be between 0 and 1, got {options.careless}")
     smallest = {"seed": 0, "sft": 0, "rl": 0, "validation": 0, "test": 0}
     smallest |= {"min_terms": 2, "max_terms": options.min_terms, "max_term": 1}
     for name, bound in smallest.items():
@@ -141,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {name: getattr(options, name) for name in ("sft", "rl", "validation", "test")}
     try:
         num_terms = (options.min_terms, options.max_terms)
-        splits = make_splits(options.seed, sizes, num_terms, options.max_term)
+        splits = make_splits(options.seed, sizes, num_terms, options.max_term, options.careless)
         lines = {
             options.out / f"{name}.jsonl": [json.dumps(to_row(row, name)) for row in splits[name]]
             for name in sizes
