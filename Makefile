@@ -1,0 +1,25 @@
+# make demo: set up, then SFT, DiPO and evaluation on the CPU.  make test: set up, lint, tests.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/ready
+	$(BIN)/python benchmarks/demo.py $(DEMO)
+
+test: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+# torch first and by itself: the other packages are then content with the build that is there.
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/demo
+
+.PHONY: demo test clean
