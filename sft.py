@@ -274,6 +274,8 @@ class Run:
                     os.truncate(self.out / log, sizes.get(log, 0))
             for leftover in (self.out / "checkpoints").glob(".part-*"):
                 shutil.rmtree(leftover)
+            if checkpoint:
+                self._link_latest(checkpoint)
         self.barrier()
         return checkpoint
 
@@ -378,13 +380,16 @@ class Run:
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             part.rename(folder)
-            link = self.out / ".part-latest"
-            link.unlink(missing_ok=True)
-            link.symlink_to(folder.relative_to(self.out))
-            link.replace(self.out / "latest")
+            self._link_latest(folder)
             for old in sorted(folder.parent.glob("step-*"))[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
         self.barrier()
+
+    def _link_latest(self, checkpoint: Path) -> None:
+        link = self.out / ".part-latest"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.relative_to(self.out))
+        link.replace(self.out / "latest")
 
     def _restore(self, checkpoint: Path) -> None:
         """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""

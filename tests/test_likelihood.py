@@ -1,0 +1,206 @@
+"""The exact likelihood, by enumeration (design: every masked position takes one action per step).
+
+A tabular model (a table of logits for every state of one block) is small enough to enumerate every
+draw at every step, hence every trajectory. The draws are enumerated and their probabilities added in
+plain Python; the trajectories go through the project's own reveal, hold_bound, replay, pack and
+score_logits. The likelihoods must sum to 1, be the enumerated probabilities one by one, and the
+score-function gradient must be the gradient of the expected reward.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from masking import HOLD, pack, replay
+from model import score_logits
+from rollout import Decoding, Rollout, hold_bound, reveal
+
+
+@dataclass
+class Table:
+    """Logits [(V + 1) ** B, B, V] by the state of one block, each token of it 0..V-1 or V, the mask."""
+
+    vocabulary: int
+    block_size: int
+    logits: torch.Tensor
+
+    @classmethod
+    def random(cls, vocabulary: int, block_size: int, seed: int) -> "Table":
+        states = (vocabulary + 1) ** block_size
+        generator = torch.Generator().manual_seed(seed)
+        shape = (states, block_size, vocabulary)
+        logits = torch.randn(shape, generator=generator, dtype=torch.double)
+        return cls(vocabulary, block_size, logits.requires_grad_())
+
+    def number(self, state: tuple[int, ...]) -> int:
+        number = 0
+        for token in state:
+            number = number * (self.vocabulary + 1) + token
+        return number
+
+    def distributions(self, state, how) -> tuple[list[list[float]], list[list[torch.Tensor]]]:
+        """p as floats and g as float64 tensors with gradient, at each position, token by token."""
+        p_all, g_all = [], []
+        for row in self.logits[self.number(state)]:
+            p = (row / how.temperature).exp()
+            p = p / p.sum()
+            ranked = sorted(range(self.vocabulary), key=lambda v: -p[v].item())
+            kept = ranked[: how.top_k or self.vocabulary]
+            whole = sum(p[v].item() for v in kept)
+            nucleus, before = [], 0.0
+            for v in kept:  # the smallest set of tokens that holds top_p of the mass
+                if before <= how.top_p * whole:
+                    nucleus.append(v)
+                before += p[v].item()
+            whole = sum(p[v] for v in nucleus)
+            g_all.append([p[v] / whole if v in nucleus else 0 * p[v] for v in range(len(row))])
+            p_all.append(p.tolist())
+        return p_all, g_all
+
+
+@dataclass
+class Trajectory:
+    probability: torch.Tensor  # float64, by adding up draws
+    rollout: Rollout
+
+
+def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
+    """Every way to fill the block, by every draw at every step. The prompt's tail opens the block."""
+    b, mask = table.block_size, table.vocabulary
+    known = len(prompt) % b
+    finished = []
+
+    def walk(state, step, probability, record):
+        masked = [j for j in range(b) if state[j] == mask]
+        if not masked:
+            ids, steps, bounds = zip(*(record[j] for j in range(known, b)), strict=True)
+            n = b - known
+            rollout = Rollout(prompt, list(ids), list(steps), [0.0] * n, list(bounds), n, "length")
+            finished.append(Trajectory(probability, rollout))
+            return
+        p, g = table.distributions(state, how)
+        after: dict[tuple, tuple] = {}
+        for draw in itertools.product(range(table.vocabulary), repeat=len(masked)):
+            chance = torch.ones((), dtype=torch.double)
+            for j, v in zip(masked, draw, strict=True):
+                chance = chance * g[j][v]
+            if chance == 0:
+                continue
+            confidence = torch.zeros(b)
+            for j, v in zip(masked, draw, strict=True):
+                confidence[j] = p[j][v]
+            shown = reveal(confidence, torch.tensor([t == mask for t in state]), how)
+            bound = hold_bound(confidence, shown, how).item()
+            new = dict(zip(masked, draw, strict=True))
+            target = tuple(new[j] if shown[j] else state[j] for j in range(b))
+            total, _ = after.get(target, (0.0, 0.0))
+            after[target] = (total + chance, bound)
+        for target, (chance, bound) in after.items():
+            news = {j: (target[j], step, bound) for j in masked if target[j] != mask}
+            walk(target, step + 1, probability * chance, record | news)
+
+    start = tuple(prompt[len(prompt) - known :]) + (mask,) * (b - known)
+    walk(start, 1, torch.ones((), dtype=torch.double), {})
+    return finished
+
+
+def log_likelihoods(table, how, trajectories, exact: bool) -> torch.Tensor:
+    """Of every trajectory, by replaying and packing them, with logits looked up in the table."""
+    b = table.block_size
+    views = [replay(t.rollout, b, 1.0, exact=exact) for t in trajectories]
+    total = torch.zeros(len(trajectories))
+    for packed in pack(views, b, mask_id=table.vocabulary, token_budget=500):
+        states = packed.ids.view(-1, b).tolist()  # each row of B neighbours is a block or a view
+        numbers = [table.number(states[r // b]) for r in packed.rows.tolist()]
+        assert bool((packed.view[packed.rows] > 0).all()), "only views are scored"
+        logits = table.logits[numbers, (packed.rows % b).tolist()]
+        scores = score_logits(logits, packed.targets, packed.bounds, how)
+        total = total.index_add(0, packed.trajectory, scores.logprobs.to(total.dtype))
+        assert exact or bool((packed.targets != HOLD).all())
+    return total
+
+
+DYNAMIC = [Decoding(rule="dynamic", threshold=tau) for tau in (0.4, 0.6, 0.9)]
+CASES = {
+    **{f"dynamic {how.threshold}": (3, 3, how, []) for how in DYNAMIC},
+    "dynamic, after a whole prompt block": (3, 3, DYNAMIC[1], [0, 2, 1]),
+    "dynamic, the prompt's tail in the block": (3, 3, DYNAMIC[0], [0, 2, 1, 1]),
+    "dynamic, temperature": (3, 3, Decoding(temperature=0.6, threshold=0.6), []),
+    "dynamic, top-k": (3, 3, Decoding(top_k=2, threshold=0.6), []),
+    "dynamic, top-p": (3, 3, Decoding(top_p=0.85, threshold=0.5), []),
+    "static, k = 1": (3, 3, Decoding(rule="static", denoising_steps=3), []),
+    "static, k = 2": (2, 4, Decoding(rule="static", denoising_steps=2), []),
+    "static, all at once": (3, 3, Decoding(rule="static", denoising_steps=1), []),
+    "static, top-k and temperature": (
+        3,
+        3,
+        Decoding(rule="static", denoising_steps=3, top_k=2, temperature=1.5),
+        [],
+    ),
+    "sequential": (3, 3, Decoding(rule="sequential", denoising_steps=3), []),
+    "sequential, k = 2": (2, 4, Decoding(rule="sequential", denoising_steps=2), []),
+}
+
+
+@pytest.mark.parametrize(("v", "b", "how", "prompt"), CASES.values(), ids=CASES.keys())
+def test_exact_likelihood_is_the_probability_of_the_trajectory(v, b, how, prompt):
+    table = Table.random(v, b, seed=1)
+    trajectories = enumerate_trajectories(table, how, prompt)
+    if how.top_k == 0 and how.top_p == 1:
+        assert len(trajectories) >= v ** (b - len(prompt) % b), "every filled block can be reached"
+    probability = torch.stack([t.probability for t in trajectories])
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12), "the oracle itself"
+
+    exact = log_likelihoods(table, how, trajectories, exact=True)
+    assert exact.exp().sum().item() == pytest.approx(1, abs=2e-6)
+    torch.testing.assert_close(exact.double(), probability.log(), atol=1e-5, rtol=0)
+
+    tokens = log_likelihoods(table, how, trajectories, exact=False)
+    if how.rule == "sequential" or how.denoising_steps == 1:  # nothing ever holds by chance
+        torch.testing.assert_close(tokens, exact)
+    else:
+        assert tokens.exp().sum() > 1.5, "without the holds it is no distribution"
+
+    reward = torch.randn(len(trajectories), generator=torch.Generator().manual_seed(2)).double()
+    (wanted,) = torch.autograd.grad((probability * reward).sum(), table.logits)
+    surrogates = [(probability.detach() * reward * t).sum() for t in (exact, tokens)]
+    by_exact, by_tokens = (torch.autograd.grad(s, table.logits)[0] for s in surrogates)
+    assert error(by_exact, wanted) < 1e-5
+    if how.rule == "dynamic":
+        assert error(by_tokens, wanted) > 0.05, "tokens only has a biased gradient"
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def score_one(logits, target, bound, how=None):
+    logits = torch.tensor([logits], requires_grad=True)
+    scores = score_logits(logits, torch.tensor([target]), torch.tensor([bound]), how or Decoding())
+    (gradient,) = torch.autograd.grad(scores.logprobs.sum(), logits)
+    return scores.logprobs.item(), gradient[0]
+
+
+def test_hold_mass_by_hand():
+    logits = [math.log(0.5), math.log(0.3), math.log(0.2)]
+    for bound, mass in ((0.25, 0.2), (0.4, 0.5), (0.9, 1.0), (math.inf, 1.0)):
+        logprob, gradient = score_one(logits, HOLD, bound)
+        assert logprob == pytest.approx(math.log(mass), abs=1e-6)
+        # d log h / d logit_v = p_v ([p_v < bound] / h - 1)
+        by_hand = [p * ((p < bound) / mass - 1) for p in (0.5, 0.3, 0.2)]
+        assert gradient.tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_hold_that_became_impossible_is_finite_and_without_gradient():
+    logprob, gradient = score_one([0.0, 0.0, 0.0], HOLD, 0.1)
+    assert logprob == pytest.approx(-20.7)
+    assert gradient.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_reveal_of_a_token_that_left_the_nucleus_is_finite():
+    logprob, gradient = score_one([3.0, 2.0, -1.0], 2, 0.0, Decoding(top_k=2))
+    assert logprob == pytest.approx(-20.7)
+    assert bool(gradient.isfinite().all())
