@@ -131,9 +131,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rl", type=int, default=20000, help="rows of rl.jsonl")
     parser.add_argument("--validation", type=int, default=500, help="rows of validation.jsonl")
     parser.add_argument("--test", type=int, default=1000, help="rows of test.jsonl")
-    parser.add_argument("--min-terms", type=int, default=3, help="fewest terms, at least 2")
-    parser.add_argument("--max-terms", type=int, default=4, help="most terms")
-    parser.add_argument("--max-term", type=int, default=49, help="terms are uniform in 1..this")
+    parser.add_argument("--min-terms", type=int, default=4, help="fewest terms, at least 2")
+    parser.add_argument("--max-terms", type=int, default=5, help="most terms")
+    parser.add_argument("--max-term", type=int, default=9, help="terms are uniform in 1..this")
     parser.add_argument(
         "--careless", type=float, default=0.7, help="share of longest sums that SFT answers wrong"
     )

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong ends in one line that names the place, exit code 2, nothing half-written.
+"""What a user gets wrong ends in one line that names the place and code 2, nothing half-written.
 
 Most cases call a script's `main` through `run_script` in this process, which is what the command
 line does; a few of each script are real processes.
@@ -36,7 +36,7 @@ SMALL = {
 }  # fmt: skip
 DEFAULTS = {  # a run of every script that works, and takes a fraction of a second
     "sft": ["steps=1", "batch_size=2", "max_tokens=256"],
-    "dipo": ["steps=1", "groups=1", "group_size=2", "max_tokens=8", "max_rounds=1"]
+    "dipo": ["steps=1", "groups=1", "group_size=4", "max_tokens=16", "max_rounds=4"]
     + ["rewards.speed=1", "threshold=0.005"],
     "evaluate": ["max_tokens=8", "limit=2"],
 }
@@ -224,7 +224,7 @@ def test_odd_views_cannot_be_complementary(place) -> None:
         ("steps: many\n", ["steps", "many"]),
         ("steps: [1\nlr: 2\n", ["bad.yaml"]),
         ("- steps\n- lr\n", ["bad.yaml"]),
-        ("just text\n", ["bad.yaml"]),
+        ("just text\n", ["just text"]),
         (b"prompt: \xff\xfe\n", ["bad.yaml"]),
     ],
 )
@@ -441,7 +441,7 @@ def test_a_run_whose_checkpoint_is_damaged_cannot_be_resumed(place, damage, want
     assert "cannot write" not in error, error
 
 
-# ------------------------------------------------------------------------------------ the run folder
+# ----------------------------------------------------------------------------------- the run folder
 
 
 def test_a_run_is_not_overwritten(place) -> None:

@@ -2,10 +2,9 @@
 
 import random
 
+import layout
 import pytest
 from conftest import random_rollout
-
-import layout
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def noised_row(seed: int, lengths: list[int], block_size: int, views: int = 2) -
     return row
 
 
+def one_token_a_step(prompt: int, response: int) -> Packed:
+    """A row of prompt + 5 * response tokens, block size 4."""
+    rollout = Rollout.of([1] * prompt, [2] * response)
+    return pack([replay(rollout, 4, weight=1.0)], 4, MASK, token_budget=10**9)[0]
+
+
 # ----------------------------------------------------------------------------------- who sees whom
 
 
@@ -115,7 +121,7 @@ def per_tile(dense: torch.Tensor, tile: int) -> torch.Tensor:
 
 ROWS = {
     "one sequence": lambda: random_row(1, 4, 1, prompt=61, blocks=40),
-    "one, a multiple of every tile": lambda: noised_row(3, [256], 4, views=1),
+    "one, 4 tiles of 128": lambda: one_token_a_step(prompt=192, response=64),
     "one, block 1": lambda: random_row(1, 1, 1, prompt=61, blocks=40),
     "one, block 8": lambda: random_row(1, 8, 1, prompt=61, blocks=30),
     "four sequences": lambda: random_row(2, 4, 4, prompt=33, blocks=20),
@@ -190,7 +196,7 @@ def test_block_mask_of_a_long_row_needs_no_dense_mask():
 def flex_inputs(row: Packed, heads: int = 4, kv_heads: int = 2, dim: int = 16):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, h, len(row), dim) for h in (heads, kv_heads, kv_heads)]
-    return [3 * torch.randn(shape, generator=generator) for shape in shapes]
+    return [1.5 * torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def dense_attention(row: Packed, q, k, v) -> torch.Tensor:
@@ -221,9 +227,8 @@ def test_compiled_flex_attention():
     compiled = torch.compile(flex_attention)
     row = ROWS["four sequences"]()
     q, k, v = flex_inputs(row)
-    for tile in (32, 128):
-        out = compiled(q, k, v, block_mask=block_mask(row, tile), enable_gqa=True)
-        assert (out - dense_attention(row, q, k, v)).abs().max() < 1e-5, f"tiles of {tile}"
+    out = compiled(q, k, v, block_mask=block_mask(row), enable_gqa=True)
+    assert (out - dense_attention(row, q, k, v)).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------------------- what a replay scores
@@ -388,7 +393,7 @@ def test_noise_is_unbiased(per, views, complementary):
 
 
 def test_noise_rates():
-    """One t for the sequence, or one per block; a complement has 1 - t; t stays inside its bounds."""
+    """One t for the sequence, or one per block; a complement has 1 - t; t stays in bounds."""
     rng = np.random.default_rng(3)
     ids = list(range(200))
     one = noise(ids, 0, 4, rng)

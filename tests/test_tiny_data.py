@@ -74,7 +74,7 @@ def test_examples_are_true_and_in_range() -> None:
 
 
 def test_rows_have_the_documented_form(tmp_path: Path) -> None:
-    splits = generate(tmp_path / "new" / "folder", *SMALL)
+    splits = generate(tmp_path / "new" / "folder", *SMALL, "--careless", "0")
     assert [len(splits[name]) for name in FILES] == [300, 200, 40, 60]
     for row in splits["sft.jsonl"]:
         user, assistant = row["messages"]
@@ -88,8 +88,25 @@ def test_rows_have_the_documented_form(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(FILES)
 
 
-def test_no_question_occurs_twice_with_default_sizes(tmp_path: Path) -> None:
-    splits = generate(tmp_path)
+def test_careless_answers_leave_out_the_last_term_of_the_longest_sums(tmp_path: Path) -> None:
+    rows = generate(tmp_path, "--rl", "0", "--careless", "0.7")["sft.jsonl"]
+    longest = careless = 0
+    for row in rows:
+        question, response = (turn["content"] for turn in row["messages"])
+        terms = terms_of(question)
+        if len(terms) == 5:
+            longest += 1
+            if response.endswith("{" + str(sum(terms[:-1])) + "}"):
+                careless += 1
+                question = question.rpartition("+")[0] + "?"
+        check_response(question, response)
+    assert 0.48 < longest / len(rows) < 0.52
+    assert 0.68 < careless / longest < 0.72
+
+
+def test_no_question_occurs_twice_in_a_large_space(tmp_path: Path) -> None:
+    shape = ["--min-terms", "3", "--max-terms", "4", "--max-term", "49"]
+    splits = generate(tmp_path, *shape)
     asked = [question for name in FILES for question in questions(splits[name])]
     assert len(asked) == len(set(asked)) == 41500
     long = sum(len(terms_of(question)) == 4 for question in asked)
