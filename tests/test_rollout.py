@@ -165,7 +165,7 @@ def decode_from_scratch(network, prompt, block_size, stops, how):
 @pytest.mark.parametrize("block_size", [1, 4, 8])
 def test_cached_decoding_is_recomputation_from_scratch(network, rule, block_size):
     steps = 2 if block_size > 1 else 1
-    how = Decoding(top_k=1, rule=rule, threshold=0.6, denoising_steps=steps, max_tokens=6)
+    how = Decoding(top_k=1, rule=rule, threshold=0.6, denoising_steps=steps, max_tokens=9)
     prompts = random_prompts(range(1, 21))
     rollouts = make_engine(network, block_size, STOPS, max_batch=7).generate(
         prompts, [0] * len(prompts), how
@@ -348,7 +348,7 @@ def test_the_gap_notices_what_is_wrong(network, folder):
 
 
 def test_draws_have_the_distribution_that_is_trained(network):
-    prompt, count = [4, 9, 1], 2000
+    prompt, count = [4, 9, 1], 6000
     logits = logits_from_scratch(network, prompt + [MASK], 1)[-1].double()
     engine = make_engine(network, 1, max_batch=count)
     for sampling in SAMPLINGS.values():

@@ -100,7 +100,7 @@ def test_careless_answers_leave_out_the_last_term_of_the_longest_sums(tmp_path: 
                 careless += 1
                 question = question.rpartition("+")[0] + "?"
         check_response(question, response)
-    assert 0.48 < longest / len(rows) < 0.52
+    assert 0.45 < longest / len(rows) < 0.55
     assert 0.68 < careless / longest < 0.72
 
 
@@ -110,7 +110,7 @@ def test_no_question_occurs_twice_in_a_large_space(tmp_path: Path) -> None:
     asked = [question for name in FILES for question in questions(splits[name])]
     assert len(asked) == len(set(asked)) == 41500
     long = sum(len(terms_of(question)) == 4 for question in asked)
-    assert 0.48 < long / len(asked) < 0.52
+    assert 0.45 < long / len(asked) < 0.55  # rejecting repeats favours the longer
 
 
 def test_held_out_questions_stay_out_when_training_repeats(tmp_path: Path) -> None:

@@ -1,0 +1,518 @@
+"""Both training stages against loops that take one decision at a time.
+
+The oracle of the gradients scores every view by itself: earlier blocks clean, the block as it was
+seen, one forward without packing, and the loss added up action by action as the formulas say.
+"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from conftest import TINY
+from dipo import (
+    DiPOConfig,
+    Group,
+    action_weight,
+    advantages,
+    collect_groups,
+    dipo_loss,
+    pack_groups,
+    sample_groups,
+    update_policy,
+)
+from evaluate import Answer, Question, load_config, make_engine
+from masking import InputError, noise
+from model import tiny
+from reward import Graded
+from rollout import Decoding, Rollout
+from sft import Example, Run, SFTConfig, data_order, read_examples, sft_step
+
+BLOCK = 4
+HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only lose time to threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("dipo") / "tiny", **TINY)
+
+
+def start(config_class, folder, out, **changes):
+    """(run, config); gradients are not clipped unless asked for, and are kept in run.gradients."""
+    changes = {"lr": 1e-3, "max_grad_norm": 1e9, "steps": 10} | changes
+    overrides = [f"{k}={v}" for k, v in changes.items()]
+    config = load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
+    run = Run(config)
+    run.gradients = []
+
+    def keep(*_):
+        named = run.model.named_parameters()
+        run.gradients.append({n: p.grad.detach().clone() for n, p in named})
+
+    run.optimizer.register_step_pre_hook(keep)
+    return run, config
+
+
+def assert_same(found: dict, wanted: dict, tolerance: float = 1e-5) -> None:
+    """Relative to the norm of each tensor, none of which is zero."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        error = (found[name] - tensor).norm() / tensor.norm()
+        assert error < tolerance, f"{name}: off by {error:.1e}"
+
+
+def gradients_of(network) -> dict:
+    return {n: p.grad.clone() for n, p in network.named_parameters()}
+
+
+# ------------------------------------------------------------------------------ one view at a time
+
+
+class BlockCausal:
+    """Attention by a mask written out pair by pair: a token sees its own and earlier blocks."""
+
+    def __init__(self, length: int):
+        blocks = [i // BLOCK for i in range(length)]
+        self.seen = torch.tensor([[kv <= q for kv in blocks] for q in blocks])
+
+    def attend(self, layer, q, k, v, scaling):
+        share = q.shape[1] // k.shape[1]
+        k, v = (torch.repeat_interleave(t, share, dim=1) for t in (k, v))
+        weights = (q @ k.transpose(2, 3) * scaling).masked_fill(~self.seen, -torch.inf).softmax(-1)
+        return (weights @ v).transpose(1, 2)
+
+
+def probabilities(network, before: list[int], block: list[int], temperature=1.0) -> torch.Tensor:
+    """[B, V] at the tokens of `block`, after whole clean blocks."""
+    ids = before + block
+    hidden = network.model(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.arange(len(ids))[None],
+        use_cache=False,
+        visible=BlockCausal(len(ids)),
+    ).last_hidden_state[0]
+    return (network.lm_head(hidden[-BLOCK:]) / temperature).softmax(-1)
+
+
+def action_logprobs(network, r: Rollout, mask_id: int, how: Decoding, exact: bool):
+    """log-probability of every action of a trajectory, one (block, step) after the other."""
+    ids = r.prompt_ids + r.response_ids
+    steps = [0] * len(r.prompt_ids) + r.steps
+    found = []
+    for step in range(1, max(steps) + 1):
+        begin = steps.index(step) // BLOCK * BLOCK
+        block = range(begin, begin + BLOCK)
+        seen = [ids[i] if steps[i] < step else mask_id for i in block]
+        p = probabilities(network, ids[:begin], seen, how.temperature)
+        revealed = [p[i - begin, ids[i]] for i in block if steps[i] == step]
+        found += [q.log() for q in revealed]
+        least = min(q.item() for q in revealed)
+        bound = how.threshold if least >= how.threshold else least
+        if exact:
+            for i in block:
+                if steps[i] > step:
+                    row = p[i - begin]
+                    found.append(row[row.detach() < bound].sum().log())
+    return found
+
+
+# -------------------------------------------------------------------------------- formulas by hand
+
+
+def make_group(totals, tokens=None, rewards=None) -> Group:
+    """A group of which only rewards and lengths matter."""
+    answers = []
+    for n in tokens or [BLOCK] * len(totals):
+        graded = Graded("", None, "1", False, n, False, 1.0, BLOCK)
+        answers.append(Answer(Rollout.of([1] * BLOCK, [2] * n), graded))
+    rewards = rewards or [{"accuracy": t} for t in totals]
+    return Group(0, Question("q", "1"), answers, rewards, list(totals))
+
+
+def test_advantages_by_hand():
+    group = make_group([1.0, 0.0, 0.0, 0.0])
+    root = math.sqrt(3) / 4  # standard deviation of 1, 0, 0, 0
+    config = DiPOConfig()
+    assert advantages(group, config) == pytest.approx([0.75 / root] + [-0.25 / root] * 3)
+    config.advantage_std = False
+    assert advantages(group, config) == pytest.approx([0.75, -0.25, -0.25, -0.25])
+
+
+def test_advantages_without_spread_are_zero():
+    for config in (DiPOConfig(), DiPOConfig(advantage_std=False)):
+        assert advantages(make_group([0.3] * 3), config) == [0, 0, 0]
+    assert not make_group([0.3] * 3).is_useful
+    assert make_group([0.3, 0.3, 0.4]).is_useful
+
+
+def test_advantages_of_each_reward_for_itself():
+    rewards = [{"accuracy": a, "speed": s} for a, s in ((1, 3), (1, 1), (1, 2), (1, 2))]
+    weights = {"accuracy": 5.0, "speed": 0.5}
+    totals = [sum(weights[n] * r[n] for n in weights) for r in rewards]
+    config = DiPOConfig(rewards=weights, normalize_each=True)
+    # accuracy has no spread and adds nothing; speed: mean 2, standard deviation sqrt(1/2)
+    wanted = [0.5 * math.sqrt(2) * d for d in (1, -1, 0, 0)]
+    assert advantages(make_group(totals, rewards=rewards), config) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_is_the_formula_action_by_action(beta):
+    low, high = 0.2, 0.28
+    config = DiPOConfig(clip_low=low, clip_high=high, kl_beta=beta)
+    ratios = [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0]
+    cases = [(ratio, a) for ratio in ratios for a in (1.5, -0.7, 0.0)]
+    rng = np.random.default_rng(0)
+    old, reference = -3 * rng.random(len(cases)), -3 * rng.random(len(cases))
+    weights = 0.1 + rng.random(len(cases))
+    loss = slope_sum = clipped = policy_kl = kl = 0.0
+    slopes = []
+    for (ratio, a), l_old, l_ref, w in zip(cases, old, reference, weights, strict=True):
+        l_new = l_old + math.log(ratio)
+        bounded = min(max(ratio, 1 - low), 1 + high)
+        loss -= w * min(ratio * a, bounded * a)
+        is_clipped = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
+        slope = 0.0 if is_clipped else -w * ratio * a
+        clipped += is_clipped
+        policy_kl += 1 / ratio + math.log(ratio) - 1
+        if beta:
+            other = math.exp(l_ref - l_new)
+            kl += other - (l_ref - l_new) - 1
+            loss += beta * w * (other - (l_ref - l_new) - 1)
+            slope += beta * w * (1 - other)
+        slopes.append(slope)
+        slope_sum += slope
+    tensors = [torch.tensor(x, dtype=torch.double) for x in (old, [a for _, a in cases], weights)]
+    log_ratio = torch.tensor([math.log(r) for r, _ in cases], dtype=torch.double)
+    logprobs = (tensors[0] + log_ratio).requires_grad_()
+    found, sums = dipo_loss(
+        logprobs, *tensors, config, torch.tensor(reference) if beta else None
+    )
+    found.backward()
+    assert found.item() == pytest.approx(loss)
+    assert logprobs.grad.tolist() == pytest.approx(slopes, abs=1e-12)
+    assert sums["clipped"] == clipped == 4
+    assert sums["policy_kl"].item() == pytest.approx(policy_kl)
+    assert ("kl" in sums) == bool(beta)
+    if beta:
+        assert sums["kl"].item() == pytest.approx(kl)
+
+
+def test_weights_are_the_three_normalisers():
+    lengths = [[4, 8, 12], [20, 4, 4]]
+    groups = [make_group([1.0, 0, 0], tokens) for tokens in lengths]
+    value = {(g, i): 1.0 + g + 0.3 * i for g in range(2) for i in range(3)}  # of each of its tokens
+    direct = {
+        "group": sum(
+            sum(n * value[g, i] for i, n in enumerate(tokens)) / sum(tokens)
+            for g, tokens in enumerate(lengths)
+        )
+        / 2,
+        "batch": sum(n * value[g, i] for g, t in enumerate(lengths) for i, n in enumerate(t)) / 52,
+        "sequence": sum(value.values()) / 6,
+    }
+    assert len({round(v, 6) for v in direct.values()}) == 3
+    for normalizer, wanted in direct.items():
+        config = DiPOConfig(normalizer=normalizer, group_size=3)
+        total = sum(
+            n * value[g, i] * action_weight(config, groups[g], n, all_groups=2, all_tokens=52)
+            for g, tokens in enumerate(lengths)
+            for i, n in enumerate(tokens)
+        )
+        assert total == pytest.approx(wanted), normalizer
+
+
+# ----------------------------------------------------------------------------------- collect_groups
+
+QUESTIONS = [Question(f"{i}+{i + 3}?", str(2 * i + 3)) for i in range(40)]
+SPEED = {"rewards.accuracy": 0, "rewards.speed": 1.0}
+
+
+def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
+    # Two rollouts of a question are often equally fast; such groups are no use.
+    settings = SPEED | {"groups": 6, "group_size": 2, "max_rounds": 20}
+    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    order = data_order(len(QUESTIONS), config.seed, 0)
+    kept, figures = collect_groups(run, engine, QUESTIONS, order, config, HOW)
+
+    order = data_order(len(QUESTIONS), config.seed, 0)
+    numbers = [(i, next(order)) for i in range(run.cursor)]
+    everything = sample_groups(run, engine, QUESTIONS, numbers, config, HOW)
+    useful = [max(g.totals) - min(g.totals) > 1e-6 for g in everything]
+    assert [g.number for g in kept] == [i for i in range(len(useful)) if useful[i]]
+    for found, again in zip(kept, (g for g in everything if g.is_useful), strict=True):
+        assert found.totals == pytest.approx(again.totals)
+        assert [a.rollout.response_ids for a in found.answers] == [
+            a.rollout.response_ids for a in again.answers
+        ]
+    asked, rounds = 0, 0
+    while sum(useful[:asked]) < 6:  # as many more as are missing at the rate so far
+        rate = max(max(sum(useful[:asked]), 1) / asked, 0.25) if asked else 1.0
+        asked += math.ceil((6 - sum(useful[:asked])) / rate)
+        rounds += 1
+    assert run.cursor == asked == figures["groups_asked"]
+    assert rounds > 1, "the first round should not have sufficed, or the test shows nothing"
+    assert figures["groups_kept"] == len(kept) >= 6
+    totals = [t for g in everything for t in g.totals]
+    assert figures["reward"] == pytest.approx(sum(totals) / len(totals))
+    rollouts = [a.rollout for g in everything for a in g.answers]
+    steps = sum(r.num_steps for r in rollouts)
+    assert figures["tpf"] == pytest.approx(sum(len(r.response_ids) for r in rollouts) / steps)
+    shown = sum(r.num_tokens for r in rollouts)
+    assert figures["response_tokens"] == pytest.approx(shown / len(rollouts))
+
+
+def test_collecting_ends_when_nothing_is_useful(folder, tmp_path):
+    settings = {"groups": 2, "group_size": 2, "max_rounds": 3}
+    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    order = data_order(len(QUESTIONS), config.seed, 0)
+    with pytest.raises(InputError, match="no useful group among 18 questions in 3 rounds"):
+        collect_groups(run, engine, QUESTIONS, order, config, HOW)
+    assert run.cursor == 2 + 8 + 8, "as many as are missing, then at most four times as many"
+
+
+# ------------------------------------------------------------------------------------ update_policy
+
+
+@pytest.fixture(scope="module")
+def groups(folder, tmp_path_factory) -> list[Group]:
+    """Real rollouts, rewarded by speed: some useful groups, of different lengths."""
+    out = tmp_path_factory.mktemp("groups") / "run"
+    run, config = start(DiPOConfig, folder, out, group_size=4, **SPEED)
+    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    numbers = [(i, i) for i in range(8)]
+    useful = [
+        g
+        for g in sample_groups(run, engine, QUESTIONS, numbers, config, HOW)
+        if g.is_useful
+    ]
+    assert len(useful) >= 3
+    return useful[:3]
+
+
+def old_logprobs(network, groups, mask_id, exact):
+    with torch.no_grad():
+        return [
+            [action_logprobs(network, a.rollout, mask_id, HOW, exact) for a in g.answers]
+            for g in groups
+        ]
+
+
+def backward_by_hand(network, groups, config, mask_id, old=None, reference=None) -> float:
+    """The loss, its gradient added to the network's; `old` and `reference` as from old_logprobs."""
+    exact, total = config.likelihood == "exact", 0.0
+    all_tokens = sum(len(a.rollout.response_ids) for g in groups for a in g.answers)
+    for i, group in enumerate(groups):
+        mean = sum(group.totals) / len(group.totals)
+        std = math.sqrt(sum((t - mean) ** 2 for t in group.totals) / len(group.totals))
+        group_tokens = sum(len(a.rollout.response_ids) for a in group.answers)
+        for k, answer in enumerate(group.answers):
+            advantage = (group.totals[k] - mean) / std
+            weight = {
+                "group": 1 / group_tokens / len(groups),
+                "batch": 1 / all_tokens,
+                "sequence": 1
+                / len(answer.rollout.response_ids)
+                / len(group.answers)
+                / len(groups),
+            }[config.normalizer]
+            loss = 0.0
+            for n, now in enumerate(action_logprobs(network, answer.rollout, mask_id, HOW, exact)):
+                then = old[i][k][n] if old else now.detach()
+                ratio = (now - then).exp()
+                bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+                loss = loss - weight * min(ratio * advantage, bounded * advantage)
+                if reference:
+                    other = reference[i][k][n] - now
+                    loss = loss + config.kl_beta * weight * (other.exp() - other - 1)
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("likelihood", ["tokens", "exact"])
+@pytest.mark.parametrize("normalizer", ["group", "batch", "sequence"])
+def test_gradient_is_that_of_a_loop_over_trajectories(
+    folder, tmp_path, groups, likelihood, normalizer
+):
+    settings = {"likelihood": likelihood, "normalizer": normalizer, "group_size": 4}
+    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    network = model.load(str(folder))
+    loss = backward_by_hand(network, groups, config, run.mask_id)
+    metrics = update_policy(run, groups, config, HOW)
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
+    assert_same(run.gradients[0], gradients_of(network))
+    assert metrics["gap_max"] < 1e-4
+    assert metrics["clip_fraction"] == 0
+    assert (metrics["hold_fraction"] > 0) == (likelihood == "exact")
+    norm = math.sqrt(sum(g.square().sum().item() for g in run.gradients[0].values()))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("likelihood", ["tokens", "exact"])
+def test_gradient_does_not_depend_on_packing_or_order(folder, tmp_path, groups, likelihood):
+    found, num_packs = [], []
+    for name, budget, order in (("a", 64, groups), ("b", 100000, groups), ("c", 150, groups[::-1])):
+        settings = {"likelihood": likelihood, "group_size": 4, "token_budget": budget}
+        run, config = start(DiPOConfig, folder, tmp_path / name, **settings)
+        num_packs.append(len(pack_groups(run, order, config)))
+        metrics = update_policy(run, order, config, HOW)
+        found.append((metrics, run.gradients[0]))
+    assert num_packs[0] > num_packs[2] > num_packs[1] == 1
+    for metrics, gradients in found[1:]:
+        assert_same(gradients, found[0][1])
+        for name in ("loss", "entropy", "hold_fraction", "policy_kl", "train_tokens"):
+            assert metrics[name] == pytest.approx(found[0][0][name], abs=1e-6), name
+
+
+def test_several_updates_go_by_the_policy_before_the_first(folder, tmp_path, groups):
+    settings = {"updates": 3, "group_size": 4, "token_budget": 150, "lr": 2e-3, "kl_beta": 0.05}
+    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    reference = tiny(tmp_path / "reference", seed=1, **TINY)
+    reference = model.load(str(reference)).requires_grad_(False)
+    network = model.load(str(folder))
+    betas = (config.adam_beta1, config.adam_beta2)
+    adam = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=betas, weight_decay=0)
+    old, refs = (old_logprobs(m, groups, run.mask_id, False) for m in (network, reference))
+
+    metrics = update_policy(run, groups, config, HOW, reference)
+    losses = []
+    for update in range(3):
+        losses.append(backward_by_hand(network, groups, config, run.mask_id, old, refs))
+        # Adam magnifies rounding where a gradient is nearly zero, so later gradients agree less.
+        assert_same(run.gradients[update], gradients_of(network), 1e-5 if update == 0 else 5e-3)
+        adam.step()
+        adam.zero_grad()
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
+    assert metrics["clip_fraction"] > 0, "after two updates some ratios have left the clip range"
+    assert metrics["policy_kl"] > 0 and metrics["kl"] > 0
+
+
+def test_an_update_makes_the_rewarded_trajectories_likelier(folder, tmp_path, groups):
+    run, config = start(DiPOConfig, folder, tmp_path / "run", group_size=4, likelihood="exact")
+
+    def value():
+        logprobs = old_logprobs(run.model, groups, run.mask_id, True)
+        return sum(
+            a * sum(row)
+            for group, rows in zip(groups, logprobs, strict=True)
+            for a, row in zip(advantages(group, config), rows, strict=True)
+        )
+
+    before = value()
+    update_policy(run, groups, config, HOW)
+    assert value() > before
+
+
+# ---------------------------------------------------------------------------------------------- SFT
+
+
+def examples(sizes=((3, 9), (8, 8), (1, 15), (6, 2), (10, 10))) -> list[Example]:
+    rng = np.random.default_rng(0)
+    return [Example(rng.integers(0, 250, p + r).tolist(), p) for p, r in sizes]
+
+
+def sft_by_hand(network, batch, numbers, config, mask_id) -> float:
+    """- 1/R sum over views / number of views, over masked i, 1/t log p(x_i | view)."""
+    response_tokens, total = sum(len(e.ids) - e.prompt_tokens for e in batch), 0.0
+    for number, e in zip(numbers, batch, strict=True):
+        rng = np.random.default_rng([config.seed, 1, number])
+        noised = noise(
+            e.ids, e.prompt_tokens, BLOCK, rng, config.noise_per, config.views,
+            config.complementary, config.t_min,
+        )  # fmt: skip
+        for block, masked, weights in zip(
+            noised.block.tolist(), noised.masked, noised.weights, strict=True
+        ):
+            begin = block * BLOCK
+            ids = e.ids[begin : begin + BLOCK]
+            seen = [mask_id if m else i for i, m in zip(ids, masked, strict=True)]
+            p = probabilities(network, e.ids[:begin], seen)
+            loss = 0.0
+            for j in range(BLOCK):
+                if masked[j]:
+                    assert begin + j >= e.prompt_tokens, "a prompt is never masked"
+                    loss = loss - float(weights[j]) * p[j, ids[j]].log() / response_tokens
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize(
+    "noising",
+    [
+        {},
+        {"noise_per": "block", "views": 2},
+        {"views": 4, "complementary": "true", "noise_per": "block"},
+    ],
+)
+def test_sft_step_is_a_loop_over_views(folder, tmp_path, noising):
+    batch, numbers = examples(), [7, 8, 9, 10, 11]
+    found = []
+    for budget in (30, 100000):
+        run, config = start(
+            SFTConfig, folder, tmp_path / str(budget), token_budget=budget, **noising
+        )
+        found.append((sft_step(run, config, batch, numbers), run.gradients[0]))
+    network = model.load(str(folder))
+    loss = sft_by_hand(network, batch, numbers, config, run.mask_id)
+    for metrics, gradients in found:
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+        assert_same(gradients, gradients_of(network))
+    moved = dict(run.model.named_parameters())
+    assert all(not torch.equal(p, moved[n]) for n, p in network.named_parameters()), "it stepped"
+
+
+def test_the_last_block_is_filled_and_its_filling_is_trained(folder, tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}]
+    rows = [{"messages": turns}, {"prompt": "ab", "response": "cd<|im_end|>"}]
+    rows.append({"prompt": "abc", "response": "defg"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    chat, *others = read_examples(str(path), tokenizer, 8, 64)
+    text = "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = tokenizer(text)["input_ids"]
+    answer = prompt + tokenizer("3")["input_ids"] + [end]
+    assert chat == Example(answer + [pad] * (-len(answer) % 8), len(prompt))
+    abcdefg = tokenizer("abcdefg")["input_ids"]
+    # an end that is there already is not doubled, and a full block gets no filling
+    assert others[0] == Example(abcdefg[:4] + [end] + [pad] * 3, 2)
+    assert others[1] == Example(abcdefg + [end], 3)
+
+    scored = np.zeros(8, int)
+    for number in range(200):
+        views = noise(others[0].ids, 2, 8, np.random.default_rng(number))
+        scored += views.scored.sum(0)
+        assert (views.targets[views.scored] == np.broadcast_to(views.ids, (len(views.block), 8))[
+            views.scored
+        ]).all()
+    assert (scored[:2] == 0).all() and (scored[2:] > 60).all()
+
+
+def test_settings_of_the_loss_reach_it(folder, tmp_path, groups):
+    """KL to a reference, and the temperature of the policy, change the gradient as they should."""
+    how = dataclasses.replace(HOW, temperature=1.3)
+    reference = tiny(tmp_path / "reference", seed=1, **TINY)
+    reference = model.load(str(reference)).requires_grad_(False)
+    found = {}
+    for name, beta, decoding in (("plain", 0, HOW), ("kl", 0.5, HOW), ("warm", 0, how)):
+        run, config = start(DiPOConfig, folder, tmp_path / name, group_size=4, kl_beta=beta)
+        update_policy(run, groups, config, decoding, reference if beta else None)
+        found[name] = run.gradients[0]["lm_head.weight"]
+    for name in ("kl", "warm"):
+        assert (found[name] - found["plain"]).norm() > 0.01 * found["plain"].norm(), name
