@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import reward
@@ -207,16 +206,12 @@ def sample_groups(
     """Roll out and grade G answers to each question, given as (running number, index)."""
     prompts, seeds = [], []
     for number, index in numbers:
-        ids = encode_prompt(
-            run.tokenizer, config.prompt.replace("{question}", questions[index].text)
-        )
+        ids = encode_prompt(run.tokenizer, config.prompt.replace("{question}", questions[index].text))
         prompts += [ids] * config.group_size
         first = (config.seed << 40) + number * config.group_size
         seeds += range(first, first + config.group_size)
     hidden = run.rank > 0
-    with tqdm(
-        total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden
-    ) as bar:
+    with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden) as bar:
         rollouts = engine.generate(prompts, seeds, how, done=lambda rollout: bar.update())
     golds = [questions[index].gold for _, index in numbers for _ in range(config.group_size)]
     answers = grade_rollouts(run.tokenizer, rollouts, golds, run.block_size)

@@ -256,9 +256,7 @@ def answer_questions(
     """`samples` graded answers to each question; under torchrun every rank answers its share."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(questions), world)
-    prompts = [
-        encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine
-    ]
+    prompts = [encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine]
     with tqdm(total=len(prompts) * samples, desc=title, unit="answer", disable=rank > 0) as bar:
         rollouts = engine.generate(
             [ids for ids in prompts for _ in range(samples)],
@@ -271,9 +269,7 @@ def answer_questions(
     shares = [[answers[n : n + samples] for n in range(0, len(answers), samples)]]
     if world > 1:
         shares = [None] * world
-        dist.all_gather_object(
-            shares, [answers[n : n + samples] for n in range(0, len(answers), samples)]
-        )
+        dist.all_gather_object(shares, [answers[n : n + samples] for n in range(0, len(answers), samples)])
     return [shares[i % world][i // world] for i in range(len(questions))]
 
 
@@ -286,8 +282,7 @@ def summarize(answers: list[list[Answer]]) -> dict[str, float]:
         "samples": len(flat) // len(answers),
         "accuracy": sum(a.graded.correct for a in flat) / mean,
         "pass_at_k": sum(any(a.graded.correct for a in g) for g in answers) / len(answers),
-        "tpf": sum(len(a.rollout.response_ids) for a in flat)
-        / sum(a.rollout.num_steps for a in flat),
+        "tpf": sum(len(a.rollout.response_ids) for a in flat) / sum(a.rollout.num_steps for a in flat),
         "tokens": sum(a.rollout.num_tokens for a in flat) / mean,
         "truncated": sum(a.graded.truncated for a in flat) / mean,
     }
@@ -336,9 +331,7 @@ def main(argv: list[str]) -> None:
     """Evaluate one checkpoint on one file."""
     config = load_config(EvalConfig, argv)
     if min(config.samples, config.max_tokens, config.max_batch, len(config.rules)) < 1:
-        raise InputError(
-            "config keys samples, max_tokens, max_batch and rules: expected at least 1"
-        )
+        raise InputError("config keys samples, max_tokens, max_batch and rules: expected at least 1")
     questions = read_questions(config.data)
     questions = questions[: config.limit or len(questions)]
     tokenizer = load_tokenizer(config.model)

@@ -362,7 +362,7 @@ def draw(packed: Packed, labels: list[str], path: str) -> None:
     names = ["not visible", "clean sees clean: block(kv) <= block(q)"]
     names += ["view sees clean: block(kv) < block(q)", "view sees itself"]
     axes.legend(
-        handles=[Patch(facecolor=c, edgecolor="grey", label=n) for c, n in zip(palette, names)],
+        handles=[Patch(facecolor=c, edgecolor="grey", label=n) for c, n in zip(palette, names, strict=True)],
         loc="upper center",
         bbox_to_anchor=(0.5, -0.01),
         ncol=4,

@@ -93,9 +93,7 @@ def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor
     return log_p, F.log_softmax(log_p.masked_fill(dropped, -torch.inf), dim=-1)
 
 
-def score_logits(
-    logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling
-) -> Scores:
+def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> Scores:
     """Log-probability of each action and entropy, from logits [M, V].
 
     A reveal of v has log g(v). A hold (target HOLD) has log of the mass of those draws that the rule
@@ -151,9 +149,7 @@ class BlockDiffusion:
         parts = [t.split(chunk) for t in (hidden[packed.rows], packed.targets, packed.bounds)]
         if len(parts[0]) == 1:
             return Scores(*score_chunk(*(t[0] for t in parts)))
-        scored = [
-            checkpoint(score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)
-        ]
+        scored = [checkpoint(score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
         return Scores(*(torch.cat(t) for t in zip(*scored, strict=True)))
 
     def prefill(
@@ -265,9 +261,7 @@ class JointRow:
         tags = [t[gather] for t in (packed.sequence, packed.block, packed.view)]
         q_tags, kv_tags = [t[:, :, None] for t in tags], [t[:, None, : self.num_keys] for t in tags]
         own = (q_tags[1] == kv_tags[1]) & (q_tags[2] == kv_tags[2])  # scored with the group instead
-        seen = (
-            visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
-        )
+        seen = visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
         self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
 
     def _split(self, t: torch.Tensor) -> torch.Tensor:
@@ -442,9 +436,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"])
-    core.add_tokens(
-        [AddedToken(name, normalized=False) for name in ("system", "user", "assistant")]
-    )
+    core.add_tokens([AddedToken(name, normalized=False) for name in ("system", "user", "assistant")])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",

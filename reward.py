@@ -258,9 +258,7 @@ def grade(
     """
     answer = extract_answer(text)
     correct = not truncated and answer is not None and is_equivalent(answer, gold)
-    return Graded(
-        text, answer, gold, correct, num_tokens, truncated, tokens_per_forward, block_size
-    )
+    return Graded(text, answer, gold, correct, num_tokens, truncated, tokens_per_forward, block_size)
 
 
 def accuracy(graded: Graded) -> float:
@@ -319,9 +317,7 @@ def main() -> None:
     ]
     print(f"gold {gold!r}, block size 4, weights {weights}\n")
     for text, tpf, truncated in responses:
-        graded = grade(
-            text, gold, num_tokens=16, truncated=truncated, tokens_per_forward=tpf, block_size=4
-        )
+        graded = grade(text, gold, num_tokens=16, truncated=truncated, tokens_per_forward=tpf, block_size=4)
         rewards = score(graded, weights)
         values = " ".join(f"{name} {value:+.2f}" for name, value in rewards.items())
         print(f"{text}\n  answer {graded.answer!r}, truncated {truncated}, TPF {tpf}")

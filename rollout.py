@@ -280,9 +280,7 @@ class _Batch:
         b = self.engine.block_size
         longest = 0
         for slot, (request, prompt, seed) in joining.items():
-            self.requests[slot] = _Request(
-                request, prompt, seed, torch.Generator().manual_seed(seed)
-            )
+            self.requests[slot] = _Request(request, prompt, seed, torch.Generator().manual_seed(seed))
             self.ids[slot] = self.engine.mask_id
             self.ids[slot, : len(prompt)] = torch.tensor(prompt)
             self.masked[slot] = True
@@ -341,9 +339,7 @@ class _Batch:
                 uniform[row] = torch.rand(b, dtype=torch.double, generator=request.random)
         cumulative = log_g.double().exp().cumsum(-1)
         point = uniform.to(log_g.device)[..., None] * cumulative[..., -1:]
-        return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp(
-            max=log_g.shape[-1] - 1
-        )
+        return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp(max=log_g.shape[-1] - 1)
 
     def _leave(self, slot: int) -> tuple[int, Rollout]:
         """Take a finished request out of the batch and make its record."""
@@ -352,9 +348,7 @@ class _Batch:
         begin, end = len(request.prompt), int(self.start[slot]) + self.engine.block_size
         ids = self.ids[slot, begin:end].tolist()
         shown = ids[: self.how.max_tokens]
-        stop = next(
-            (i for i, v in enumerate(shown) if v in set(self.engine.stop_ids.tolist())), None
-        )
+        stop = next((i for i, v in enumerate(shown) if v in set(self.engine.stop_ids.tolist())), None)
         return request.index, Rollout(
             prompt_ids=request.prompt,
             response_ids=ids,
@@ -379,9 +373,7 @@ def main(checkpoint: str, question: str) -> None:
     ids, steps = prompt + rollout.response_ids, [0] * len(prompt) + rollout.steps
     for step in range(1, max(steps) + 1):
         block = steps.index(step) // b * b
-        seen = [
-            tokenizer.decode(ids[i]) if steps[i] <= step else "_" for i in range(block, block + b)
-        ]
+        seen = [tokenizer.decode(ids[i]) if steps[i] <= step else "_" for i in range(block, block + b)]
         print(f"step {step:3d}  block {block // b:3d}  {' '.join(map(repr, seen))}")
     print(f"\n{tokenizer.decode(rollout.visible_ids)!r}")
     print(f"finish: {rollout.finish_reason}, {rollout.tokens_per_forward:.2f} tokens per forward")

@@ -132,9 +132,7 @@ def read_examples(path: str, tokenizer, block_size: int, max_tokens: int) -> lis
             ids.append(tokenizer.eos_token_id)
         ids += [tokenizer.pad_token_id] * (-len(ids) % block_size)
         if len(ids) > max_tokens:
-            raise InputError(
-                f"{where}: {len(ids)} tokens, but config key max_tokens is {max_tokens}"
-            )
+            raise InputError(f"{where}: {len(ids)} tokens, but config key max_tokens is {max_tokens}")
         examples.append(Example(ids, len(prompt_ids)))
     return examples
 
@@ -143,9 +141,7 @@ def _prompt_and_response(where: str, row: dict[str, Any], tokenizer) -> tuple[st
     match row:
         case {"messages": [*turns, {"role": "assistant", "content": str(response)}]} if turns:
             try:
-                prompt = tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, tokenize=False
-                )
+                prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # whatever the template's language raises
                 raise InputError(f"{where}: the chat template refuses `messages`") from error
         case {"prompt": str(prompt), "response": str(response)}:
@@ -211,9 +207,7 @@ def pack_for_ranks(run: Run, sequences: list, token_budget: int) -> list[Packed]
     needed = len(plan_packs([len(s) for s in sequences], token_budget))
     num_packs = int(run.max_over_ranks(needed))
     spare = num_packs - len(sequences)
-    if (
-        spare > 0
-    ):  # a rank short of sequences repeats one without weight, to keep step with the rest
+    if spare > 0:  # a rank short of sequences repeats one without weight, to keep step with the rest
         if not sequences:
             raise InputError("fewer sequences in the batch than ranks")
         blank = dataclasses.replace(sequences[0], weights=0 * sequences[0].weights)
@@ -295,9 +289,7 @@ class Run:
         try:
             import wandb
         except ImportError as error:
-            raise InputError(
-                "config key wandb: the package is missing, pip install wandb"
-            ) from error
+            raise InputError("config key wandb: the package is missing, pip install wandb") from error
         settings = dataclasses.asdict(self.config)
         return wandb.init(project=self.config.wandb, dir=self.out, config=settings)
 
@@ -401,9 +393,7 @@ class Run:
                     if key != "step":
                         tensor = tensor.to(self.device)
                         if isinstance(parameter, DTensor):
-                            tensor = distribute_tensor(
-                                tensor, parameter.device_mesh, parameter.placements
-                            )
+                            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
                     state[key] = tensor
                 self.optimizer.state[parameter] = state
 
@@ -439,9 +429,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def start_distributed() -> tuple[int, int, torch.device]:
     """(rank, world size, device); starts the process group under torchrun, gloo or NCCL."""
     cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    )
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():

@@ -70,9 +70,7 @@ class Round(NamedTuple):
     block_size: int
 
 
-def random_trajectory(
-    prompt: int, response: int, tpf: int, block_size: int, vocabulary: int
-) -> Rollout:
+def random_trajectory(prompt: int, response: int, tpf: int, block_size: int, vocabulary: int) -> Rollout:
     """A rollout that reveals `tpf` tokens a step while the block has as many, in random order."""
     rng = random.Random(0)
     length, steps, step = prompt + response, {}, 0
@@ -89,9 +87,7 @@ def random_trajectory(
     return rollout
 
 
-def rounds(
-    rollout: Rollout, block_size: int, mask_id: int, pad_to_block_size: bool = False
-) -> list[Round]:
+def rounds(rollout: Rollout, block_size: int, mask_id: int, pad_to_block_size: bool = False) -> list[Round]:
     """The published layout: a pass per round, until no block has a step left.
 
     `pad_to_block_size` adds passes that score nothing, up to block_size of them.
@@ -183,9 +179,7 @@ def training_step(
     return logprobs.detach(), tokens, gradient, seconds
 
 
-def compare(
-    prompt: int, response: int, tpf: int, block_size: int = 4, repeats: int = 3
-) -> dict[str, dict]:
+def compare(prompt: int, response: int, tpf: int, block_size: int = 4, repeats: int = 3) -> dict[str, dict]:
     """The packed pass against the rounds (by their attention) on a small random model."""
     with tempfile.TemporaryDirectory() as folder:
         sdar.tiny(folder, block_size=block_size, initializer_range=PEAKED, **SIZES)

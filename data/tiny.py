@@ -36,10 +36,7 @@ class OneLineParser(argparse.ArgumentParser):
 def solve(terms: list[int]) -> str:
     """The worked response: one step per addition, then the box, separated by single spaces."""
     sums = list(accumulate(terms))
-    steps = [
-        f"{left}+{term}={right}"
-        for (left, right), term in zip(pairwise(sums), terms[1:], strict=True)
-    ]
+    steps = [f"{left}+{term}={right}" for (left, right), term in zip(pairwise(sums), terms[1:], strict=True)]
     return " ".join([*steps, rf"\boxed{{{sums[-1]}}}"])
 
 

@@ -252,9 +252,7 @@ def test_a_large_seed_is_no_bad_input(place, seed) -> None:
 # ----------------------------------------------------------------------------------------- the data
 
 QUESTION = '{"question": "3+8?", "ground_truth_answer": "11"}\n'
-CHAT = json.dumps(
-    {"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]}
-)
+CHAT = json.dumps({"messages": [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]})
 
 
 @pytest.mark.parametrize("script", ["sft", "dipo", "evaluate"])

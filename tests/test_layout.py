@@ -22,7 +22,6 @@ def test_token_ratio_of_a_long_trajectory(tpf, at_least, packed_tokens):
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
 def test_rounds_reveal_every_token_once(block_size):
     rollout = random_rollout(random.Random(block_size), block_size, prompt=block_size + 1, blocks=3)
-    rollout = rollout if block_size > 1 else random_rollout(random.Random(0), 1, 2, 3)
     prompt = len(rollout.prompt_ids)
     passes = layout.rounds(rollout, block_size, mask_id=999)
     revealed = [i for one in passes for i in one.masked[one.revealed].tolist()]

@@ -23,7 +23,12 @@ def default_of(field: dataclasses.Field):
 
 
 def value_of(text: str, kind: type):
-    """The value that a default in the README stands for; YAML takes 1e-05 for a text."""
+    """The value that a default in the README stands for.
+
+    As in YAML, but that takes 1e-05 for a text and {question} for a mapping.
+    """
+    if kind is str and not text.startswith(('"', "'")):
+        return text
     if kind is float:
         with contextlib.suppress(ValueError):
             return float(text)
@@ -44,11 +49,7 @@ def rows() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     ("config", "field"),
-    [
-        pytest.param(c, f, id=f"{c.__name__}.{f.name}")
-        for c in CONFIGS
-        for f in dataclasses.fields(c)
-    ],
+    [pytest.param(c, f, id=f"{c.__name__}.{f.name}") for c in CONFIGS for f in dataclasses.fields(c)],
 )
 def test_a_field_is_documented_with_its_default(rows, config, field) -> None:
     assert field.name in rows, f"README.md has no row | `{field.name}` | `default` | meaning |"

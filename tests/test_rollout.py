@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import TINY
 
 import model
-from conftest import TINY
 from masking import InputError, pack, replay
 from model import tiny
 from rollout import Decoding, Rollout, TorchEngine, hold_bound, reveal
@@ -87,9 +87,7 @@ def test_reveal_and_hold_bound_follow_the_text(rule, block_size):
         for i, (c, m) in enumerate(cases):
             by_hand = reveal_by_hand(c, m, how)
             assert shown[i].tolist() == by_hand, f"{how} {c} {m}"
-            assert torch.equal(reveal(confidence[i], masked[i], how), shown[i]), (
-                "alone = in a batch"
-            )
+            assert torch.equal(reveal(confidence[i], masked[i], how), shown[i]), "alone = in a batch"
             if not any(m):
                 assert not any(by_hand)
                 continue
@@ -148,9 +146,7 @@ def decode_from_scratch(network, prompt, block_size, stops, how):
         masked = [start + j >= first for j in range(block_size)]
         while any(masked):
             step += 1
-            p = (logits_from_scratch(network, ids, block_size)[start:] / how.temperature).softmax(
-                -1
-            )
+            p = (logits_from_scratch(network, ids, block_size)[start:] / how.temperature).softmax(-1)
             confidence, drawn = p.max(-1)
             shown = reveal_by_hand(confidence.tolist(), masked, how)
             for j in range(block_size):
@@ -167,9 +163,7 @@ def test_cached_decoding_is_recomputation_from_scratch(network, rule, block_size
     steps = 2 if block_size > 1 else 1
     how = Decoding(top_k=1, rule=rule, threshold=0.6, denoising_steps=steps, max_tokens=9)
     prompts = random_prompts(range(1, 21))
-    rollouts = make_engine(network, block_size, STOPS, max_batch=7).generate(
-        prompts, [0] * len(prompts), how
-    )
+    rollouts = make_engine(network, block_size, STOPS, max_batch=7).generate(prompts, [0] * len(prompts), how)
     tokens_per_step = set()
     for prompt, rollout in zip(prompts, rollouts, strict=True):
         ids, step_map = decode_from_scratch(network, prompt, block_size, STOPS, how)
@@ -231,9 +225,7 @@ def test_ends_and_what_the_user_sees(network):
     how = Decoding(temperature=2.0, rule="dynamic", threshold=0.5, max_tokens=10)
     block_size, stops = 4, {3, 5, 11}
     lengths = [1 + i % 9 for i in range(200)]
-    prompts = [
-        p[:-1] + [5] for p in random_prompts(lengths)
-    ]  # a stop token of the prompt's ends nothing
+    prompts = [p[:-1] + [5] for p in random_prompts(lengths)]  # a stop token of the prompt's ends nothing
     rollouts = make_engine(network, block_size, stops).generate(prompts, range(200), how)
     seen = Counter()
     for prompt, r in zip(prompts, rollouts, strict=True):
@@ -382,9 +374,7 @@ def test_draws_have_the_distribution_that_is_trained(network):
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_weights_in_place_are_a_fresh_engine(tmp_path, tied):
     settings = TINY | {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
-    networks = [
-        model.load(str(tiny(tmp_path / str(seed), seed=seed, **settings))) for seed in (0, 1)
-    ]
+    networks = [model.load(str(tiny(tmp_path / str(seed), seed=seed, **settings))) for seed in (0, 1)]
     how, prompts = Decoding(max_tokens=12, threshold=0.6), random_prompts([1, 6, 9])
     engine, fresh = make_engine(networks[0]), make_engine(networks[1])
     before, wanted = (e.generate(prompts, range(3), how) for e in (engine, fresh))

@@ -40,10 +40,7 @@ def check_response(question: str, response: str) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict]]:
-    return {
-        name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        for name in FILES
-    }
+    return {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in FILES}
 
 
 def questions(rows: list[dict]) -> list[str]:

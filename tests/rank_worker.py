@@ -1,0 +1,129 @@
+"""What test_ranks.py runs in one process and under torchrun; only the number of ranks differs.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/rank_worker.py CASE FOLDER OUT
+
+Every process makes the same examples and the same groups (one seeded engine), and takes every
+world-th of them. Rank 0 writes OUT/CASE.pt: metrics, whole gradients and weights after each step.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import sft
+from dipo import DiPOConfig, Group, pack_groups, sample_groups, update_policy
+from evaluate import Question, load_config, make_engine
+from rollout import Decoding
+from sft import Example, Run, SFTConfig, sft_step
+
+HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=8)
+SETTINGS = {"lr": 1e-3, "max_grad_norm": 1e9, "steps": 10}
+
+
+class Case:
+    """A run that keeps its gradients; `packs` are the rows of every rank in the last step."""
+
+    def __init__(self, config_class, folder, out, **changes):
+        overrides = [f"{k}={v}" for k, v in (SETTINGS | changes).items()]
+        self.config = load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
+        self.run = Run(self.config)
+        self.record = []
+
+        def keep(*_):
+            named = self.run.model.named_parameters()
+            self.gradients = {n: sft.full(p.grad.detach()).clone() for n, p in named}
+
+        self.run.optimizer.register_step_pre_hook(keep)
+
+    def add(self, metrics: dict, sizes: list[int]) -> None:
+        """Record a finished step; `sizes`: sequences and rows of this rank."""
+        per_rank = [sizes]
+        if self.run.world > 1:
+            per_rank = [None] * self.run.world
+            dist.all_gather_object(per_rank, sizes)
+        weights = {n: t.detach().clone() for n, t in self.run.named_weights()}
+        self.record.append(
+            {
+                "metrics": metrics,
+                "gradients": self.gradients,
+                "weights": weights,
+                "sizes": per_rank,
+                "sharded": any(hasattr(p, "placements") for p in self.run.model.parameters()),
+            }
+        )
+
+
+def examples(step: int) -> list[Example]:
+    """Five of very different lengths: the ranks get unequal numbers of them, and of rows."""
+    rng = np.random.default_rng(step)
+    sizes = ((3, 9), (8, 8), (1, 47), (6, 2), (10, 34))
+    return [Example(rng.integers(0, 250, p + r).tolist(), p) for p, r in sizes]
+
+
+def run_sft(folder: Path, out: Path, resume: bool = False) -> list[dict]:
+    """Two steps with a checkpoint after the first, or the second alone after resuming."""
+    case = Case(SFTConfig, folder, out / "run", token_budget=60, resume=str(resume).lower())
+    for step in range(case.run.step, 2):
+        batch = examples(step)
+        mine = len(batch[case.run.rank :: case.run.world])
+        metrics = sft_step(case.run, case.config, batch, [5 * step + i for i in range(5)])
+        case.run.step += 1
+        case.run.cursor += 5
+        if step == 0:
+            case.run.save()
+        case.add(metrics, [mine, 0])
+    return case.record
+
+
+def make_groups(case: Case, folder: Path, count: int) -> list[Group]:
+    """`count` useful groups of two rollouts, the same in every process."""
+    engine = make_engine(str(folder), case.run.tokenizer, case.run.block_size, 64)
+    questions = [Question(f"{i}+{i + 3}?", "0") for i in range(30)]
+    numbers = [(i, i) for i in range(30)]
+    groups = sample_groups(case.run, engine, questions, numbers, case.config, HOW)
+    useful = [g for g in groups if g.is_useful]
+    assert len(useful) >= count
+    return useful[:count]
+
+
+def run_dipo(folder: Path, out: Path, likelihood: str = "exact", count: int = 3) -> list[dict]:
+    """One batch of groups, two updates. A budget of one sequence per row: the rank with fewer
+    sequences than the other has to keep step by rows that count nothing."""
+    speed = {"rewards.accuracy": 0, "rewards.speed": 1.0, "group_size": 2, "likelihood": likelihood}
+    case = Case(DiPOConfig, folder, out / "run", token_budget=1, updates=2, **speed)
+    mine = make_groups(case, folder, count)[case.run.rank :: case.run.world]
+    sizes = [2 * len(mine), len(pack_groups(case.run, mine, case.config))]
+    case.add(update_policy(case.run, mine, case.config, HOW), sizes)
+    return case.record
+
+
+def run_lone(folder: Path, out: Path) -> list[dict]:
+    """One useful group: with two ranks, one of them has none."""
+    return run_dipo(folder, out, "tokens", count=1)
+
+
+CASES = {
+    "sft": run_sft,
+    "exact": run_dipo,
+    "tokens": lambda folder, out: run_dipo(folder, out, "tokens"),
+    "lone": run_lone,
+}
+
+
+def main(names: str, folder: str, out: str) -> None:
+    """Run the named cases (separated by commas) and write what they recorded."""
+    torch.set_num_threads(1)
+    for name in names.split(","):
+        record = CASES[name](Path(folder), Path(out) / name)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(record, Path(out) / f"{name}.pt")
+    if dist.is_initialized():
+        dist.barrier()  # no rank leaves while the other may still talk to it
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
