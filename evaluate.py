@@ -30,6 +30,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 import reward
 from masking import InputError
@@ -117,6 +118,7 @@ def load_config(config_class: type[Config], argv: list[str]) -> Config:
 
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Call main(arguments); bad input and a full disk end in one line and exit code 2."""
+    disable_progress_bar()  # transformers' own, for every file it reads
     try:
         main(sys.argv[1:])
     except InputError as error:

@@ -363,13 +363,15 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
             dtype=dtype,
             attn_implementation="sdar",
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
         )
     except Exception as error:  # a truncated file, a wrong shape: safetensors and torch differ
         raise InputError(f"{folder}: cannot read the weights ({_first(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[problem])):
-            raise InputError(f"{folder}: {problem.replace('_keys', '')} tensor {names[0]}")
+        if report[problem]:
+            name = min(k if isinstance(k, str) else k[0] for k in report[problem])
+            raise InputError(f"{folder}: {problem.removesuffix('_keys')} tensor {name}")
     return model.to(device)
 
 

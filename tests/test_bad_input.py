@@ -206,7 +206,6 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("sft", "block_size=8", ["block_size", "8", "4"]),  # the checkpoint has 4
         ("dipo", "block_size=8", ["block_size", "8", "4"]),
         ("evaluate", "block_size=8", ["block_size", "8", "4"]),
-        ("sft", "token_budget=16", ["token_budget"]),  # smaller than one sequence
     ],
 )
 def test_an_override_is_refused_by_its_key(place, script, override, wanted) -> None:
