@@ -62,7 +62,9 @@ class DiPOConfig(TrainConfig):
     groups: int = 32  # useful groups per step, over all ranks (at least; surplus is kept)
     group_size: int = 16  # rollouts per question (G)
     max_rounds: int = 3  # rounds of sampling per step to find them: the bound on the extra work
-    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # name: weight
+    rewards: dict[str, float] = field(  # name: weight; merged with the default
+        default_factory=lambda: {"accuracy": 1.0}
+    )
     advantage_std: bool = True  # divide the advantage by the group's standard deviation
     normalize_each: bool = False  # normalise every reward for itself before they are added
     likelihood: Literal["tokens", "exact"] = "tokens"  # score reveals, or reveals and holds
@@ -90,11 +92,6 @@ class Group:
     answers: list[Answer]
     rewards: list[dict[str, float]]  # per rollout and reward name, unweighted
     totals: list[float]  # weighted sums
-
-    @property
-    def is_useful(self) -> bool:
-        """Whether the rewards differ, so that there is an advantage to learn from."""
-        return max(self.totals) - min(self.totals) > 1e-6
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +122,11 @@ def advantages(group: Group, config: DiPOConfig) -> list[float]:
     return [sum(row) for row in zip(*columns, strict=True)]
 
 
+def is_useful(group: Group, config: DiPOConfig) -> bool:
+    """Whether the rewards differ, so that there is an advantage to learn from."""
+    return any(advantages(group, config))
+
+
 def collect_groups(
     run: Run,
     engine: Engine,
@@ -152,9 +154,9 @@ def collect_groups(
         numbers = [(run.cursor + i, next(order)) for i in range(count)]
         run.cursor += count
         new = sample_groups(run, engine, questions, numbers[run.rank :: run.world], config, how)
-        useful = [g for g in new if g.is_useful]
+        useful = [g for g in new if is_useful(g, config)]
         kept += useful
-        counts = [len(useful), len(new)] + batch_totals(new)
+        counts = [len(useful), len(new)] + batch_totals(new, useful)
         counts = run.sum_over_ranks(*counts)
         found, asked = found + int(counts[0]), asked + int(counts[1])
         totals = [a + b for a, b in zip(totals, counts[2:], strict=True)]
@@ -180,7 +182,7 @@ def collect_groups(
     }
 
 
-def batch_totals(groups: list[Group]) -> list[float]:
+def batch_totals(groups: list[Group], useful: list[Group]) -> list[float]:
     """Sums over rollouts: count, reward, correct, tokens, shown, steps, truncated, useful reward."""
     answers = [a for g in groups for a in g.answers]
     return [
@@ -191,7 +193,7 @@ def batch_totals(groups: list[Group]) -> list[float]:
         sum(a.rollout.num_tokens for a in answers),
         sum(a.rollout.num_steps for a in answers),
         sum(a.graded.truncated for a in answers),
-        sum(sum(g.totals) for g in groups if g.is_useful),
+        sum(sum(g.totals) for g in useful),
     ]
 
 
@@ -241,7 +243,7 @@ def dipo_loss(
         reference_logprobs: [M] under the frozen reference, if config.kl_beta is not 0.
 
     Returns:
-        The loss, and sums over actions of: clipped (clip active), policy_kl (k3, new to old), kl.
+        The loss, and sums over actions of: clipped (clip active), policy_kl (k3, old to new), kl.
     """
     log_ratio = logprobs - old_logprobs  # [M]
     ratio = log_ratio.exp()
@@ -250,7 +252,7 @@ def dipo_loss(
     loss = -(weights * surrogate).sum()
     sums = {
         "clipped": (clipped * advantage < ratio * advantage).sum(),
-        "policy_kl": k3(logprobs.detach(), old_logprobs).sum(),
+        "policy_kl": k3(old_logprobs, logprobs.detach()).sum(),
     }
     if reference_logprobs is not None:
         kl = k3(logprobs, reference_logprobs)
@@ -321,17 +323,16 @@ def update_policy(
             loss, row = dipo_loss(
                 scores.logprobs,
                 old_logprobs,
-                advantage[packed.trajectory.clamp(max=len(advantage) - 1)],
+                advantage[packed.trajectory],
                 packed.weights,
                 config,
                 reference_logprobs,
             )
             (loss * run.world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
-            real = packed.weights > 0
-            row |= {"loss": loss.detach(), "entropy": (scores.entropy.detach() * real).sum()}
-            row |= {"actions": real.sum(), "holds": (real & (packed.targets == HOLD)).sum()}
+            row |= {"loss": loss.detach(), "entropy": scores.entropy.detach().sum()}
+            row |= {"actions": len(packed.rows), "holds": (packed.targets == HOLD).sum()}
             if update == 0:
-                row |= {"train_tokens": torch.tensor(len(packed))}
+                row |= {"train_tokens": len(packed)}
                 gap = engine_gap(scores.logprobs.detach(), packed.engine_logprobs)
                 gap_max = max(gap_max, gap.pop("max"))
                 row |= gap

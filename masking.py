@@ -328,6 +328,13 @@ def noise(
     )
 
 
+def blank(block_size: int, mask_id: int) -> Views:
+    """One block without a view: it goes through the network, and nothing of it is scored."""
+    none = np.zeros((0, block_size))
+    ids = np.full(block_size, mask_id)
+    return Views(ids, np.zeros(0, int), none > 0, none > 0, none, none, none, none)
+
+
 def draw(packed: Packed, labels: list[str], path: str) -> None:
     """Draw who sees whom in a small packed row to a PNG. `labels`: N short token names."""
     import matplotlib

@@ -180,6 +180,8 @@ class TorchEngine:
         for name, tensor in tensors:
             if name not in own:
                 raise ValueError(f"weight update: unknown or repeated tensor {name}")
+            if own[name].shape != tensor.shape:
+                raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}")
             own.pop(name).copy_(tensor)
         if self.model.config.tie_word_embeddings:
             own.pop("lm_head.weight", None)

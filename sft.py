@@ -58,7 +58,7 @@ from evaluate import (
     summarize,
     write_json,
 )
-from masking import InputError, Packed, noise, pack, plan_packs
+from masking import InputError, Packed, blank, noise, pack, plan_packs
 from model import BlockDiffusion, Sampling, find_folder, load, load_tokenizer, save, stop_ids, tiny
 from rollout import Decoding, Engine
 
@@ -207,11 +207,8 @@ def pack_for_ranks(run: Run, sequences: list, token_budget: int) -> list[Packed]
     needed = len(plan_packs([len(s) for s in sequences], token_budget))
     num_packs = int(run.max_over_ranks(needed))
     spare = num_packs - len(sequences)
-    if spare > 0:  # a rank short of sequences repeats one without weight, to keep step with the rest
-        if not sequences:
-            raise InputError("fewer sequences in the batch than ranks")
-        blank = dataclasses.replace(sequences[0], weights=0 * sequences[0].weights)
-        sequences = sequences + [blank] * spare
+    if spare > 0:  # a rank short of sequences keeps step with the rest by rows that score nothing
+        sequences = sequences + [blank(run.block_size, run.mask_id)] * spare
     exact = num_packs if num_packs != needed else 0
     return pack(sequences, run.block_size, run.mask_id, token_budget, exact)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import sft
-from dipo import DiPOConfig, Group, pack_groups, sample_groups, update_policy
+from dipo import DiPOConfig, Group, is_useful, pack_groups, sample_groups, update_policy
 from evaluate import Question, load_config, make_engine
 from rollout import Decoding
 from sft import Example, Run, SFTConfig, sft_step
@@ -84,7 +84,7 @@ def make_groups(case: Case, folder: Path, count: int) -> list[Group]:
     questions = [Question(f"{i}+{i + 3}?", "0") for i in range(30)]
     numbers = [(i, i) for i in range(30)]
     groups = sample_groups(case.run, engine, questions, numbers, case.config, HOW)
-    useful = [g for g in groups if g.is_useful]
+    useful = [g for g in groups if is_useful(g, case.config)]
     assert len(useful) >= count
     return useful[:count]
 

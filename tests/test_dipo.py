@@ -21,6 +21,7 @@ from dipo import (
     advantages,
     collect_groups,
     dipo_loss,
+    is_useful,
     pack_groups,
     sample_groups,
     update_policy,
@@ -154,8 +155,8 @@ def test_advantages_by_hand():
 def test_advantages_without_spread_are_zero():
     for config in (DiPOConfig(), DiPOConfig(advantage_std=False)):
         assert advantages(make_group([0.3] * 3), config) == [0, 0, 0]
-    assert not make_group([0.3] * 3).is_useful
-    assert make_group([0.3, 0.3, 0.4]).is_useful
+        assert not is_useful(make_group([0.3] * 3), config)
+        assert is_useful(make_group([0.3, 0.3, 0.4]), config)
 
 
 def test_advantages_of_each_reward_for_itself():
@@ -186,7 +187,7 @@ def test_loss_is_the_formula_action_by_action(beta):
         is_clipped = (a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)
         slope = 0.0 if is_clipped else -w * ratio * a
         clipped += is_clipped
-        policy_kl += 1 / ratio + math.log(ratio) - 1
+        policy_kl += ratio - math.log(ratio) - 1
         if beta:
             other = math.exp(l_ref - l_new)
             kl += other - (l_ref - l_new) - 1
@@ -251,7 +252,7 @@ def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
     everything = sample_groups(run, engine, QUESTIONS, numbers, config, HOW)
     useful = [max(g.totals) - min(g.totals) > 1e-6 for g in everything]
     assert [g.number for g in kept] == [i for i in range(len(useful)) if useful[i]]
-    for found, again in zip(kept, (g for g in everything if g.is_useful), strict=True):
+    for found, again in zip(kept, (g for g in everything if is_useful(g, config)), strict=True):
         assert found.totals == pytest.approx(again.totals)
         assert [a.rollout.response_ids for a in found.answers] == [
             a.rollout.response_ids for a in again.answers
@@ -293,7 +294,7 @@ def groups(folder, tmp_path_factory) -> list[Group]:
     run, config = start(DiPOConfig, folder, out, group_size=4, **SPEED)
     engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
     numbers = [(i, i) for i in range(8)]
-    useful = [g for g in sample_groups(run, engine, QUESTIONS, numbers, config, HOW) if g.is_useful]
+    useful = [g for g in sample_groups(run, engine, QUESTIONS, numbers, config, HOW) if is_useful(g, config)]
     assert len(useful) >= 3
     return useful[:3]
 

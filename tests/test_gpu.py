@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from data_rows import write_task
 
 import dipo
 import sft
-from data_rows import write_task
 from masking import noise, pack
 from model import Sampling, load, load_tokenizer, stop_ids, tiny
 from rollout import Decoding, TorchEngine
