@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -146,55 +147,55 @@ def collect_groups(
         InputError: no useful group within config.max_rounds rounds.
     """
     kept: list[Group] = []
-    found = asked = 0
-    totals = [0.0] * 8
+    total: Counter[str] = Counter()  # over all ranks and rounds
     for _ in range(config.max_rounds):
-        rate = max(found, 1) / asked if asked else 1.0
-        count = math.ceil((config.groups - found) / max(rate, 0.25))
+        missing = config.groups - total["useful"]
+        useful_rate = max(total["useful"], 1) / total["groups"] if total["groups"] else 1.0
+        count = math.ceil(missing / max(useful_rate, 0.25))
         numbers = [(run.cursor + i, next(order)) for i in range(count)]
         run.cursor += count
-        new = sample_groups(run, engine, questions, numbers[run.rank :: run.world], config, how)
-        useful = [g for g in new if is_useful(g, config)]
+        groups = sample_groups(run, engine, questions, numbers[run.rank :: run.world], config, how)
+        useful = [g for g in groups if is_useful(g, config)]
         kept += useful
-        counts = [len(useful), len(new)] + batch_totals(new, useful)
-        counts = run.sum_over_ranks(*counts)
-        found, asked = found + int(counts[0]), asked + int(counts[1])
-        totals = [a + b for a, b in zip(totals, counts[2:], strict=True)]
-        if found >= config.groups:
+        counts = count_rollouts(groups, useful)
+        total.update(dict(zip(counts, run.sum_over_ranks(*counts.values()), strict=True)))
+        if total["useful"] >= config.groups:
             break
-    if not found:
+    if not total["useful"]:
         raise InputError(
-            f"{config.data}: no useful group among {asked} questions in {config.max_rounds} rounds: "
-            "all answers to a question had the same reward (too easy, too hard, or max_tokens too small)"
+            f"{config.data}: no useful group among {total['groups']:.0f} questions in {config.max_rounds} "
+            "rounds: all answers to a question had the same reward (too easy, too hard, or max_tokens "
+            "too small)"
         )
-    rollouts, total, correct, tokens, shown, steps, truncated, useful_reward = totals
     return kept, {
-        "reward": total / rollouts,
-        "reward_kept": useful_reward / (found * config.group_size),
-        "accuracy": correct / rollouts,
-        "tpf": tokens / steps,
-        "response_tokens": shown / rollouts,
-        "truncation_rate": truncated / rollouts,
-        "groups_kept": found,
-        "groups_asked": asked,
-        "kept_rate": found / asked,
-        "rollout_tokens": int(tokens),
+        "reward": total["reward"] / total["rollouts"],
+        "reward_kept": total["useful_reward"] / (total["useful"] * config.group_size),
+        "accuracy": total["correct"] / total["rollouts"],
+        "tpf": total["tokens"] / total["steps"],
+        "response_tokens": total["shown"] / total["rollouts"],
+        "truncation_rate": total["truncated"] / total["rollouts"],
+        "groups_kept": int(total["useful"]),
+        "groups_asked": int(total["groups"]),
+        "kept_rate": total["useful"] / total["groups"],
+        "rollout_tokens": int(total["tokens"]),
     }
 
 
-def batch_totals(groups: list[Group], useful: list[Group]) -> list[float]:
-    """Sums over rollouts: count, reward, correct, tokens, shown, steps, truncated, useful reward."""
+def count_rollouts(groups: list[Group], useful: list[Group]) -> dict[str, float]:
+    """This rank's sums over the rollouts of a round, `useful` being some of its groups."""
     answers = [a for g in groups for a in g.answers]
-    return [
-        len(answers),
-        sum(sum(g.totals) for g in groups),
-        sum(a.graded.correct for a in answers),
-        sum(len(a.rollout.response_ids) for a in answers),
-        sum(a.rollout.num_tokens for a in answers),
-        sum(a.rollout.num_steps for a in answers),
-        sum(a.graded.truncated for a in answers),
-        sum(sum(g.totals) for g in useful),
-    ]
+    return {
+        "groups": len(groups),
+        "useful": len(useful),
+        "rollouts": len(answers),
+        "reward": sum(sum(g.totals) for g in groups),
+        "useful_reward": sum(sum(g.totals) for g in useful),
+        "correct": sum(a.graded.correct for a in answers),
+        "truncated": sum(a.graded.truncated for a in answers),
+        "tokens": sum(len(a.rollout.response_ids) for a in answers),
+        "shown": sum(a.rollout.num_tokens for a in answers),
+        "steps": sum(a.rollout.num_steps for a in answers),
+    }
 
 
 def sample_groups(
@@ -424,7 +425,11 @@ def main(argv: list[str]) -> None:
         watch = Stopwatch()
         with watch("rollout"):
             engine.wake()
-            groups, metrics = collect_groups(run, engine, questions, order, config, how)
+            try:
+                groups, metrics = collect_groups(run, engine, questions, order, config, how)
+            except InputError:
+                run.save()  # what was learned so far is not lost
+                raise
             engine.sleep()
         with watch("train"):
             metrics |= update_policy(run, groups, config, how, reference)

@@ -350,7 +350,7 @@ class Run:
     def save(self) -> None:
         """Write checkpoints/step-N; it appears under that name only when it is complete."""
         folder = self.out / "checkpoints" / f"step-{self.step:06d}"
-        if folder.exists():
+        if folder.exists() or self.step == 0:
             return
         part = folder.with_name(f".part-{folder.name}")
         weights = {n: t.cpu() for n, t in self.named_weights()}
