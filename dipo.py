@@ -47,6 +47,7 @@ from evaluate import (
     make_engine,
     read_questions,
     run_script,
+    writing,
 )
 from masking import HOLD, InputError, Packed, replay
 from model import BlockDiffusion, load
@@ -211,7 +212,7 @@ def sample_groups(
     for number, index in numbers:
         ids = encode_prompt(run.tokenizer, config.prompt.replace("{question}", questions[index].text))
         prompts += [ids] * config.group_size
-        first = (config.seed << 40) + number * config.group_size
+        first = (config.seed % 2**23 << 40) + number * config.group_size
         seeds += range(first, first + config.group_size)
     hidden = run.rank > 0
     with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden) as bar:
@@ -377,7 +378,8 @@ def log_rollouts(run: Run, groups: list[Group], config: DiPOConfig) -> None:
     """Append some rollouts of rank 0's step to rollouts.jsonl."""
     if run.rank:
         return
-    with open(run.out / "rollouts.jsonl", "a") as file:
+    log = run.out / "rollouts.jsonl"
+    with writing(log), open(log, "a") as file:
         for group in groups[: config.log_rollouts]:
             record = answer_record(group.question, group.answers[0])
             record |= {"step": run.step, "rewards": group.rewards[0]}

@@ -28,13 +28,12 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 import reward
 from masking import InputError
-from model import find_folder, load, load_tokenizer, stop_ids
+from model import find_folder, load, load_tokenizer, stop_ids, writing
 from rollout import Decoding, Engine, Rollout, TorchEngine
 
 if TYPE_CHECKING:
@@ -83,13 +82,20 @@ class Answer:
     graded: reward.Graded
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a bad option in one line, without the usage text."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
 def load_config(config_class: type[Config], argv: list[str]) -> Config:
     """Defaults of the dataclass, then the YAML file of --config, then key=value overrides.
 
     Raises:
         InputError: unknown key, wrong type, bad choice, unreadable file; the message names the key.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=sys.modules[config_class.__module__].__doc__,
         epilog="fields and defaults:\n" + OmegaConf.to_yaml(OmegaConf.structured(config_class)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,7 +119,8 @@ def load_config(config_class: type[Config], argv: list[str]) -> Config:
         raise InputError(f"{options.config}: no such config file") from error
     except Exception as error:  # the YAML parser's own kinds
         reason = " ".join(str(error).split())
-        raise InputError(f"{options.config}: not a YAML config ({reason})") from error
+        where = options.config or " ".join(options.overrides)
+        raise InputError(f"{where}: not YAML ({reason})") from error
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -125,15 +132,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'file system'}: {error.strerror or error}"))
-    except SafetensorError as error:  # how safetensors reports an OSError
-        sys.exit(_fail(f"cannot write weights: {error}"))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # above open progress bars
     return 2
 
 
@@ -156,19 +161,25 @@ def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
             rows = [(f"{path}: row {i + 1}", row) for i, row in enumerate(json.loads(text))]
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error})") from error
     else:
         for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 rows.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from error
     if not rows:
         raise InputError(f"{path}: no rows")
     for where, row in rows:
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object, found {type(row).__name__}")
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: half of a surrogate pair is no text") from error
     return rows
 
 
@@ -187,9 +198,10 @@ def read_questions(path: str) -> list[Question]:
         gold = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
         if isinstance(gold, list):
             gold = ", ".join(map(str, gold))
-        if not isinstance(gold, str | int | float):
+        gold = str(gold).rpartition("####")[2].strip() if isinstance(gold, str | int | float) else ""
+        if not gold:
             raise InputError(f"{where}: no answer (expected one of {', '.join(names)})")
-        questions.append(Question(text, str(gold).rpartition("####")[2].strip()))
+        questions.append(Question(text, gold))
     return questions
 
 
@@ -308,7 +320,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is there completely or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    with writing(part):
+        part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(path)
 
 
@@ -334,6 +347,12 @@ def main(argv: list[str]) -> None:
     config = load_config(EvalConfig, argv)
     if min(config.samples, config.max_tokens, config.max_batch, len(config.rules)) < 1:
         raise InputError("config keys samples, max_tokens, max_batch and rules: expected at least 1")
+    for name in ("denoising_steps", "temperature"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"config key {name}: expected more than 0")
+    for name in ("limit", "top_k", "top_p", "threshold", "block_size"):
+        if not getattr(config, name) >= 0:
+            raise InputError(f"config key {name}: expected 0 or more")
     questions = read_questions(config.data)
     questions = questions[: config.limit or len(questions)]
     tokenizer = load_tokenizer(config.model)
@@ -352,7 +371,8 @@ def main(argv: list[str]) -> None:
         summaries[rule] = s = summarize(answers)
         s["seconds"] = time.perf_counter() - start
         s["tokens_per_second"] = s["tokens"] * s["questions"] * s["samples"] / s["seconds"]
-        with open(out / f"responses-{rule}.jsonl", "w") as file:
+        path = out / f"responses-{rule}.jsonl"
+        with writing(path), open(path, "w") as file:
             for question, group in zip(questions, answers, strict=True):
                 for answer in group:
                     file.write(json.dumps(answer_record(question, answer)) + "\n")

@@ -19,6 +19,7 @@ Sources: SDAR (arXiv 2510.06303), BD3-LM (2503.09573), FlexAttention (2412.05496
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -375,6 +377,16 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
     return model.to(device)
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Name the file that cannot be written; safetensors has an error of its own for a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot write it ({reason})") from error
+
+
 def _first(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -418,7 +430,8 @@ def save(
     files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
     contents = {file.name: file.read_bytes() for file in files}  # `source` may be `folder`
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=dict(tensors))
+    with writing(folder / "model.safetensors"):
+        model.save_pretrained(folder, state_dict=dict(tensors))
     for name, content in contents.items():
         (folder / name).write_bytes(content)
 

@@ -350,7 +350,8 @@ class _Batch:
         begin, end = len(request.prompt), int(self.start[slot]) + self.engine.block_size
         ids = self.ids[slot, begin:end].tolist()
         shown = ids[: self.how.max_tokens]
-        stop = next((i for i, v in enumerate(shown) if v in set(self.engine.stop_ids.tolist())), None)
+        stops = set(self.engine.stop_ids.tolist())
+        stop = next((i for i, v in enumerate(shown) if v in stops), None)
         return request.index, Rollout(
             prompt_ids=request.prompt,
             response_ids=ids,
@@ -383,4 +384,10 @@ def main(checkpoint: str, question: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    try:
+        if len(sys.argv) != 3:
+            raise InputError("usage: python rollout.py CHECKPOINT QUESTION")
+        main(*sys.argv[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

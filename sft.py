@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -57,6 +57,7 @@ from evaluate import (
     run_script,
     summarize,
     write_json,
+    writing,
 )
 from masking import InputError, Packed, blank, noise, pack, plan_packs
 from model import BlockDiffusion, Sampling, find_folder, load, load_tokenizer, save, stop_ids, tiny
@@ -139,7 +140,9 @@ def read_examples(path: str, tokenizer, block_size: int, max_tokens: int) -> lis
 
 def _prompt_and_response(where: str, row: dict[str, Any], tokenizer) -> tuple[str, str]:
     match row:
-        case {"messages": [*turns, {"role": "assistant", "content": str(response)}]} if turns:
+        case {"messages": [*turns, {"role": "assistant", "content": str(response)}]} if turns and all(
+            isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns
+        ):
             try:
                 prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # whatever the template's language raises
@@ -242,7 +245,12 @@ class Run:
             weight_decay=config.weight_decay,
         )
         if checkpoint:
-            self._restore(checkpoint)
+            try:
+                self._restore(checkpoint)
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{checkpoint}/optimizer.safetensors: cannot resume from it ({error})"
+                ) from error
         self.model.train()
         self.wandb = self._start_wandb()
 
@@ -259,7 +267,8 @@ class Run:
         self.barrier()
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(self.config), self.out / "config.yaml")
+            with writing(self.out / "config.yaml"):
+                OmegaConf.save(OmegaConf.structured(self.config), self.out / "config.yaml")
             for log in ("metrics.jsonl", "rollouts.jsonl"):  # what was logged after it is redone
                 if (self.out / log).exists():
                     os.truncate(self.out / log, sizes.get(log, 0))
@@ -333,7 +342,8 @@ class Run:
         """Append one line to metrics.jsonl."""
         if self.rank:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
+        log = self.out / "metrics.jsonl"
+        with writing(log), open(log, "a") as file:
             file.write(json.dumps({"step": self.step, **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=self.step)
@@ -359,8 +369,9 @@ class Run:
             for key in ("exp_avg", "exp_avg_sq", "step"):
                 moments[f"{name}.{key}"] = full(self.optimizer.state[parameter][key]).cpu()
         if self.rank == 0:
-            save(self.model, part, self.base, weights.items())
-            save_file(moments, part / "optimizer.safetensors")
+            save(self.model, part, self.initial, weights.items())
+            with writing(part / "optimizer.safetensors"):
+                save_file(moments, part / "optimizer.safetensors")
             logs = [f for f in self.out.glob("*.jsonl")]
             state = {"step": self.step, "cursor": self.cursor, "seed": self.config.seed}
             state["log_bytes"] = {f.name: f.stat().st_size for f in logs}
@@ -406,6 +417,9 @@ def check_config(config: TrainConfig) -> None:
     for name in positive:
         if getattr(config, name) <= 0:
             raise InputError(f"config key {name}: expected more than 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(config, name) >= 1:
+            raise InputError(f"config key {name}: {getattr(config, name)}, expected less than 1")
     if isinstance(config, SFTConfig):
         if config.complementary and config.views % 2:
             raise InputError(f"config key views: {config.views}, expected an even number of them")
@@ -418,8 +432,9 @@ def check_config(config: TrainConfig) -> None:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / "state.json").read_text())
+        return {name: state[name] for name in ("step", "cursor", "log_bytes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}/state.json: cannot resume from it ({error})") from error
 
 
