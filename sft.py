@@ -63,6 +63,8 @@ from masking import InputError, Packed, blank, noise, pack, plan_packs
 from model import BlockDiffusion, Sampling, find_folder, load, load_tokenizer, save, stop_ids, tiny
 from rollout import Decoding, Engine
 
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+
 
 @dataclass
 class TrainConfig:
@@ -245,19 +247,14 @@ class Run:
             weight_decay=config.weight_decay,
         )
         if checkpoint:
-            try:
-                self._restore(checkpoint)
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{checkpoint}/optimizer.safetensors: cannot resume from it ({error})"
-                ) from error
+            self._restore(checkpoint / "optimizer.safetensors")
         self.model.train()
         self.wandb = self._start_wandb()
 
     def _open_directory(self) -> Path | None:
         """Prepare the run directory; the newest complete checkpoint if there is one to resume."""
         done = sorted((self.out / "checkpoints").glob("step-*"))
-        if not self.config.resume and (self.out / "metrics.jsonl").exists():
+        if not self.config.resume and (done or (self.out / "metrics.jsonl").exists()):
             raise InputError(f"{self.out} already holds a run: give resume=true or another out")
         checkpoint = done[-1] if done else None
         sizes = {}
@@ -363,19 +360,17 @@ class Run:
         if folder.exists() or self.step == 0:
             return
         part = folder.with_name(f".part-{folder.name}")
-        weights = {n: t.cpu() for n, t in self.named_weights()}
-        moments = {}
-        for name, parameter in self.model.named_parameters():
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                moments[f"{name}.{key}"] = full(self.optimizer.state[parameter][key]).cpu()
+        named = list(self.model.named_parameters())
+        weights = self._gather((name, p.detach()) for name, p in named)
+        state = self.optimizer.state
+        moments = self._gather((f"{name}.{key}", state[p][key]) for name, p in named for key in ADAM_STATE)
         if self.rank == 0:
             save(self.model, part, self.initial, weights.items())
             with writing(part / "optimizer.safetensors"):
                 save_file(moments, part / "optimizer.safetensors")
-            logs = [f for f in self.out.glob("*.jsonl")]
-            state = {"step": self.step, "cursor": self.cursor, "seed": self.config.seed}
-            state["log_bytes"] = {f.name: f.stat().st_size for f in logs}
-            write_json(part / "state.json", state)
+            log_bytes = {f.name: f.stat().st_size for f in self.out.glob("*.jsonl")}
+            counters = {"step": self.step, "cursor": self.cursor, "seed": self.config.seed}
+            write_json(part / "state.json", counters | {"log_bytes": log_bytes})
             for file in part.iterdir():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
@@ -385,25 +380,32 @@ class Run:
                 shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
         self.barrier()
 
+    def _gather(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Whole tensors on rank 0's CPU; every rank takes part, the others keep nothing."""
+        whole = {}
+        for name, tensor in pairs:
+            tensor = full(tensor)
+            if self.rank == 0:
+                whole[name] = tensor.cpu()
+        return whole
+
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.out / ".part-latest"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.relative_to(self.out))
         link.replace(self.out / "latest")
 
-    def _restore(self, checkpoint: Path) -> None:
+    def _restore(self, file: Path) -> None:
         """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
-        with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
-            for name, parameter in self.model.named_parameters():
-                state = {}
-                for key in ("exp_avg", "exp_avg_sq", "step"):
-                    tensor = file.get_tensor(f"{name}.{key}")
-                    if key != "step":
-                        tensor = tensor.to(self.device)
-                        if isinstance(parameter, DTensor):
-                            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-                    state[key] = tensor
-                self.optimizer.state[parameter] = state
+        try:
+            with safe_open(file, "pt") as moments:
+                for name, parameter in self.model.named_parameters():
+                    state = {key: moments.get_tensor(f"{name}.{key}") for key in ADAM_STATE}
+                    for key in ("exp_avg", "exp_avg_sq"):  # `step` stays a scalar on the CPU
+                        state[key] = like(parameter, state[key].to(self.device))
+                    self.optimizer.state[parameter] = state
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: cannot resume from it ({error})") from error
 
 
 def check_config(config: TrainConfig) -> None:
@@ -468,6 +470,13 @@ def shard(model: BlockDiffusion, world: int, dtype: str) -> None:
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor of a shard (a collective call), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, sharded as the parameter is."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 class Evaluator:
