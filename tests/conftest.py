@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 import model
 from rollout import Rollout
@@ -23,6 +24,12 @@ TINY = {
     "initializer_range": 0.3,
 }
 WORDS = 256  # tokens below this one are bytes; the special tokens come after
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from unittest.mock import patch
 
 import pytest
 import tiny as tiny_task
-import torch
 from safetensors.torch import load_file, save_file
 
 import model
@@ -67,15 +66,6 @@ class Place:
         data = self.sft if script == "sft" else self.questions
         good = [f"model={self.model}", f"data={data}", f"out={self.out}", *DEFAULTS[script]]
         return good + list(changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,6 @@ BLOCK = 4
 HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("dipo") / "tiny", **TINY)

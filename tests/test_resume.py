@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import tiny as tiny_task
-import torch
 
 import dipo
 import model
@@ -39,15 +38,6 @@ DIPO = ["steps=6", "save_every=1", "groups=4", "group_size=4", "max_rounds=2", "
 DIPO += ["threshold=0.005", "rewards.speed=1.0", "lr=1e-3", "updates=2", "kl_beta=0.1"]
 SHARED = ["keep_checkpoints=2", "eval_every=3", "eval_limit=2", "eval_max_tokens=8", "seed=3"]
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

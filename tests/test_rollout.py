@@ -21,15 +21,6 @@ VOCABULARY, MASK = 24, 23  # a small vocabulary, so that stop tokens and repeate
 STOPS = [5, 11]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Peaked distributions over few tokens: every rule has something to decide."""
