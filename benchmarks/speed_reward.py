@@ -54,7 +54,7 @@ def one_run(options: argparse.Namespace, rewards: str, likelihood: str, seed: in
         "dipo.py", "--config", "configs/demo_dipo.yaml", f"model={options.sft}",
         f"data={options.data}/rl.jsonl", f"out={folder}", f"seed={seed}", f"steps={options.steps}",
         f"lr={options.lr}", f"threshold={THRESHOLDS[0]}", f"likelihood={likelihood}",
-        "normalize_each=true", "max_rounds=1", "eval_every=0", "save_every=10", "resume=true",
+        "normalize_each=true", "groups=20", "max_rounds=1", "eval_every=0", "save_every=10", "resume=true",
         *REWARDS[rewards],
     ]  # fmt: skip
     if not (folder / "eval_0.9" / "summary.json").exists():
