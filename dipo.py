@@ -407,20 +407,12 @@ def main(argv: list[str]) -> None:
     questions = read_questions(config.data)
     run = Run(config)
     evaluator = Evaluator(run) if config.eval_every else None
-    engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch)
+    engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch, config.dtype)
     reference = None
     if config.kl_beta:
         reference = load(str(run.initial), torch.float32, run.device).requires_grad_(False)
         shard(reference, run.world, config.dtype)
-    how = Decoding(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        rule=config.rule,
-        threshold=config.threshold,
-        denoising_steps=config.denoising_steps,
-        max_tokens=config.max_tokens,
-    )
+    how = Decoding.from_config(config)
     order = data_order(len(questions), config.seed, run.cursor)
     bar = tqdm(total=config.steps, initial=run.step, desc="dipo", unit="step", disable=run.rank > 0)
     while run.step < config.steps:

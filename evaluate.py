@@ -361,8 +361,7 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     summaries = {}
     for rule in config.rules:
-        shared = {f.name for f in dataclasses.fields(Decoding)} & vars(config).keys()
-        how = Decoding(rule=rule, **{name: getattr(config, name) for name in shared})
+        how = Decoding.from_config(config, rule=rule)
         start = time.perf_counter()
         answers = answer_questions(
             engine, tokenizer, questions, how, engine.block_size,

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -49,6 +49,12 @@ class Decoding(Sampling):
     threshold: float = 0.9  # dynamic: confidence that is enough to reveal
     denoising_steps: int = 4  # static and sequential: steps per block
     max_tokens: int = 256  # new tokens; the last block is finished all the same
+
+    @classmethod
+    def from_config(cls, config: object, **changes) -> Decoding:
+        """The fields that a script's config has under the same names, but for the changes."""
+        names = {f.name for f in fields(cls)} & vars(config).keys()
+        return cls(**{name: getattr(config, name) for name in names} | changes)
 
 
 @dataclass

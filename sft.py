@@ -520,7 +520,7 @@ def main(argv: list[str]) -> None:
     examples = read_examples(config.data, run.tokenizer, run.block_size, config.max_tokens)
     evaluator = Evaluator(run) if config.eval_every else None
     if evaluator:
-        engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch)
+        engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch, config.dtype)
     order = data_order(len(examples), config.seed, run.cursor)
     bar = tqdm(total=config.steps, initial=run.step, desc="sft", unit="step", disable=run.rank > 0)
     while run.step < config.steps:
