@@ -45,42 +45,41 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curves(out: Path) -> None:
-    """Four panels to curves.png: accuracy, tokens per forward, response length, engine gap."""
+    """SFT in the left column, DiPO in the right one, to curves.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sft, dipo = (read_metrics(out / stage / "metrics.jsonl") for stage in ("sft", "dipo"))
-    shift = sft[-1]["step"]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    panels = [
-        ("accuracy", "accuracy", axes[0, 0]),
-        ("tpf", "tokens per forward", axes[0, 1]),
-        ("tokens", "response tokens", axes[1, 0]),
-    ]
-    for name, title, axis in panels:
-        for rows, offset, stage in ((sft, 0, "SFT"), (dipo, shift, "DiPO")):
-            points = [(offset + r["step"], r[f"eval/{name}"]) for r in rows if f"eval/{name}" in r]
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, label=f"{stage}, validation (greedy)")
-        sampled = "response_tokens" if name == "tokens" else name
-        x, y = zip(*[(shift + r["step"], r[sampled]) for r in dipo], strict=True)
-        axis.plot(x, y, lw=0.8, alpha=0.6, color="grey", label="DiPO, rollouts (sampled)")
-        axis.set_title(title)
-    gap = axes[1, 1]
-    for name, label in (("gap_max", "maximum"), ("gap_mean", "mean")):
-        gap.plot([shift + r["step"] for r in dipo], [r[name] for r in dipo], label=label)
-    gap.axhline(1e-4, color="red", lw=0.8, ls="--", label="limit in float32")
-    gap.set_yscale("log")
-    gap.set_title("|engine - trainer| log-probability")
+    figure, axes = plt.subplots(4, 2, figsize=(10, 11), sharex="col")
+    sampled = {"accuracy": "accuracy", "tpf": "tpf", "tokens": "response_tokens"}
+    titles = ("accuracy", "tokens per forward", "response tokens")
+    for column, stage in enumerate(("sft", "dipo")):
+        rows = read_metrics(out / stage / "metrics.jsonl")
+        steps = [r["step"] for r in rows]
+        for (name, column_name), title, (left, right) in zip(sampled.items(), titles, axes, strict=False):
+            axis = (left, right)[column]
+            points = [(r["step"], r[f"eval/{name}"]) for r in rows if f"eval/{name}" in r]
+            if stage == "dipo":
+                axis.plot(steps, [r[column_name] for r in rows], lw=0.8, c="grey", label="rollouts, sampled")
+                axis.sharey(left)
+            axis.plot(*zip(*points, strict=True), "o-", ms=3, label="validation, greedy")
+            axis.set_title(f"{stage.replace('sft', 'SFT').replace('dipo', 'DiPO')}: {title}")
+        if stage == "sft":
+            axes[3, 0].plot(steps, [r["loss"] for r in rows], label="loss")
+            axes[3, 0].set_title("SFT: loss per response token")
+        else:
+            for name in ("gap_max", "gap_mean"):
+                axes[3, 1].plot(steps, [r[name] for r in rows], label=name)
+            axes[3, 1].axhline(1e-4, color="red", lw=0.8, ls="--", label="limit in float32")
+            axes[3, 1].set_title("DiPO: |engine - trainer| log-probability")
+        axes[3, column].set_yscale("log")
+        axes[3, column].set_xlabel("step")
     for axis in axes.flat:
-        axis.axvline(shift, color="black", lw=0.8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("step (SFT, then DiPO after the line)")
     figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=120)
+    figure.savefig(out / "curves.png", dpi=110)
 
 
 def main() -> None:
