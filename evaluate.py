@@ -280,10 +280,11 @@ def answer_questions(
         )
     golds = [questions[i].gold for i in mine for _ in range(samples)]
     answers = grade_rollouts(tokenizer, rollouts, golds, block_size)
-    shares = [[answers[n : n + samples] for n in range(0, len(answers), samples)]]
+    share = [answers[n : n + samples] for n in range(0, len(answers), samples)]
+    shares = [share]
     if world > 1:
         shares = [None] * world
-        dist.all_gather_object(shares, [answers[n : n + samples] for n in range(0, len(answers), samples)])
+        dist.all_gather_object(shares, share)
     return [shares[i % world][i // world] for i in range(len(questions))]
 
 

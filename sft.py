@@ -232,7 +232,7 @@ class Run:
         self.step = self.cursor = 0
         checkpoint = self._open_directory()
         self.initial = self._initial_model()
-        self.base = checkpoint or self.initial  # where weights and the other files come from
+        self.base = checkpoint or self.initial  # where the weights come from
         self.tokenizer = load_tokenizer(str(self.base))
         self.mask_id = self.tokenizer.mask_token_id
         self.model = load(str(self.base), torch.float32, self.device)
