@@ -44,14 +44,13 @@ from evaluate import (
     encode_prompt,
     grade_rollouts,
     load_config,
-    make_engine,
     read_questions,
     run_script,
     writing,
 )
 from masking import HOLD, InputError, Packed, replay
 from model import BlockDiffusion, load
-from rollout import Decoding, Engine
+from rollout import Decoding, Engine, generate_all
 from sft import Evaluator, Run, Stopwatch, TrainConfig, data_order, pack_for_ranks, shard
 
 
@@ -216,7 +215,7 @@ def sample_groups(
         seeds += range(first, first + config.group_size)
     hidden = run.rank > 0
     with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden) as bar:
-        rollouts = engine.generate(prompts, seeds, how, done=lambda rollout: bar.update())
+        rollouts = generate_all(engine, prompts, seeds, how, lambda rollout: bar.update(), run.named_weights)
     golds = [questions[index].gold for _, index in numbers for _ in range(config.group_size)]
     answers = grade_rollouts(run.tokenizer, rollouts, golds, run.block_size)
     groups = []
@@ -407,7 +406,7 @@ def main(argv: list[str]) -> None:
     questions = read_questions(config.data)
     run = Run(config)
     evaluator = Evaluator(run) if config.eval_every else None
-    engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch, config.dtype)
+    engine = run.make_engine()
     reference = None
     if config.kl_beta:
         reference = load(str(run.initial), torch.float32, run.device).requires_grad_(False)
@@ -418,20 +417,19 @@ def main(argv: list[str]) -> None:
     while run.step < config.steps:
         watch = Stopwatch()
         with watch("rollout"):
-            engine.wake()
             try:
                 groups, metrics = collect_groups(run, engine, questions, order, config, how)
             except InputError:
                 run.save()  # what was learned so far is not lost
                 raise
-            engine.sleep()
         with watch("train"):
+            metrics["gib_given_back"] = engine.sleep() / 2**30
             metrics |= update_policy(run, groups, config, how, reference)
         lr = run.optimizer.param_groups[0]["lr"]
         run.step += 1
         with watch("update_weights"):
-            engine.wake()
             engine.update_weights(run.named_weights())
+            engine.wake()
         if run.due(config.eval_every):
             with watch("evaluate"):
                 metrics |= evaluator(engine)

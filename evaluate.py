@@ -19,7 +19,6 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -29,18 +28,30 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 import reward
 from masking import InputError
-from model import find_folder, load, load_tokenizer, stop_ids, writing
-from rollout import Decoding, Engine, Rollout, TorchEngine
+from model import find_folder, is_block_diffusion, load, load_tokenizer, stop_ids, writing
+from rollout import (
+    Decoding,
+    Engine,
+    LMDeployEngine,
+    Rollout,
+    TorchEngine,
+    generate_all,
+    lmdeploy_problem,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from transformers import PreTrainedTokenizerFast
 
 Config = TypeVar("Config")
 Rule = Literal["dynamic", "static", "sequential"]
+EngineName = Literal["auto", "lmdeploy", "torch"]
 
 
 @dataclass
@@ -63,7 +74,10 @@ class EvalConfig:
     block_size: int = 0  # tokens per block; 0: the checkpoint's, or 4
     max_batch: int = 256  # answers generated at once
     seed: int = 0  # of the sampling
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; lmdeploy has bfloat16
+    engine: EngineName = "auto"  # auto: lmdeploy where it can run, else torch
+    cache_gib: float = 0.0  # lmdeploy's key/value cache; 0: 40 % of the free GPU memory
+    tensor_parallel: int = 1  # GPUs per engine; only 1 works
 
 
 @dataclass
@@ -225,17 +239,36 @@ def choose_block_size(wanted: int, model_config: Any) -> int:
 
 
 def make_engine(
-    checkpoint: str,
-    tokenizer: PreTrainedTokenizerFast,
-    block_size: int,
-    max_batch: int,
-    dtype: str = "float32",
+    checkpoint: str, tokenizer: PreTrainedTokenizerFast, block_size: int, config: Any, log: Path
 ) -> Engine:
-    """The rollout engine for a checkpoint. (A second engine joins here.)"""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(checkpoint, getattr(torch, dtype), device)
+    """The rollout engine for a checkpoint, as config.engine says; the choice is printed.
+
+    Args:
+        config: has engine, max_batch, dtype, cache_gib and tensor_parallel.
+        log: what an engine in a subprocess prints goes there.
+
+    Raises:
+        InputError: the engine cannot run here, or not this model.
+    """
+    if config.tensor_parallel != 1:
+        raise InputError(f"config key tensor_parallel: {config.tensor_parallel}, only 1 works so far")
+    cuda, folder = torch.cuda.is_available(), find_folder(checkpoint)
+    name = config.engine
+    if name == "auto":
+        name = "torch" if lmdeploy_problem() else "lmdeploy"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(f"engine: {name}")
+    if name == "lmdeploy":
+        diffusion = is_block_diffusion(folder)
+        b = choose_block_size(block_size, AutoConfig.from_pretrained(folder)) if diffusion else 0
+        dtype = "bfloat16" if cuda else config.dtype
+        return LMDeployEngine(
+            str(folder), b, tokenizer.mask_token_id, stop_ids(tokenizer),
+            config.max_batch, dtype, config.cache_gib, log,
+        )  # fmt: skip
+    model = load(checkpoint, getattr(torch, config.dtype), "cuda" if cuda else "cpu")
     b = choose_block_size(block_size, model.config)
-    return TorchEngine(model, b, tokenizer.mask_token_id, stop_ids(tokenizer), max_batch)
+    return TorchEngine(model, b, tokenizer.mask_token_id, stop_ids(tokenizer), config.max_batch)
 
 
 def grade_rollouts(
@@ -266,17 +299,24 @@ def answer_questions(
     prompt: str = "{question}",
     seed: int = 0,
     title: str = "answers",
+    weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
 ) -> list[list[Answer]]:
-    """`samples` graded answers to each question; under torchrun every rank answers its share."""
+    """`samples` graded answers to each question; under torchrun every rank answers its share.
+
+    Args:
+        weights: see `rollout.generate_all`; needed if the engine's are not the checkpoint's.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, len(questions), world)
     prompts = [encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine]
     with tqdm(total=len(prompts) * samples, desc=title, unit="answer", disable=rank > 0) as bar:
-        rollouts = engine.generate(
+        rollouts = generate_all(
+            engine,
             [ids for ids in prompts for _ in range(samples)],
             [seed + i * samples + j for i in mine for j in range(samples)],
             how,
             done=lambda rollout: bar.update(),
+            weights=weights,
         )
     golds = [questions[i].gold for i in mine for _ in range(samples)]
     answers = grade_rollouts(tokenizer, rollouts, golds, block_size)
@@ -357,11 +397,11 @@ def main(argv: list[str]) -> None:
     questions = read_questions(config.data)
     questions = questions[: config.limit or len(questions)]
     tokenizer = load_tokenizer(config.model)
-    engine = make_engine(config.model, tokenizer, config.block_size, config.max_batch, config.dtype)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    engine = make_engine(config.model, tokenizer, config.block_size, config, out / "engine.log")
     summaries = {}
-    for rule in config.rules:
+    for rule in config.rules if is_block_diffusion(find_folder(config.model)) else ["autoregressive"]:
         how = Decoding.from_config(config, rule=rule)
         start = time.perf_counter()
         answers = answer_questions(

@@ -391,8 +391,17 @@ def _first(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def is_block_diffusion(folder: Path) -> bool:
+    """Whether a checkpoint is an SDAR model; if not, it is an autoregressive baseline for LMDeploy."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config["model_type"] in (SDARConfig.model_type, SDARMoeConfig.model_type)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}/config.json: not a model config ({_first(error)})") from error
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint, checked for what block diffusion needs.
+    """The tokenizer of a checkpoint, checked for what its model needs.
 
     Raises:
         InputError: no tokenizer, no mask token, no chat template.
@@ -404,7 +413,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         raise InputError(f"{folder}: cannot read the tokenizer ({_first(error)})") from error
     if tokenizer.mask_token_id is None:
         tokenizer.mask_token = "<|MASK|>" if "<|MASK|>" in tokenizer.get_vocab() else None
-    if tokenizer.mask_token_id is None:
+    if tokenizer.mask_token_id is None and is_block_diffusion(folder):
         raise InputError(f"{folder}: the tokenizer has no mask token, expected <|MASK|>")
     if not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template")
@@ -434,6 +443,24 @@ def save(
         model.save_pretrained(folder, state_dict=dict(tensors))
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+
+
+def published_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs as published files name them: transformers holds a layer's experts in one.
+
+    `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] become three tensors per expert.
+    """
+    for name, tensor in tensors:
+        layer, _, kind = name.rpartition(".experts.")
+        if kind not in ("gate_up_proj", "down_proj"):
+            yield name, tensor
+            continue
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for expert, fused in enumerate(tensor):
+            for part, weight in zip(parts, fused.chunk(len(parts)), strict=True):
+                yield f"{layer}.experts.{expert}.{part}.weight", weight
 
 
 CHAT_TEMPLATE = (

@@ -18,27 +18,51 @@ Tokens per forward (TPF) = tokens of the trajectory / its (block, step) pairs; b
 
     python rollout.py CHECKPOINT "3+8+5?"    # prints one trajectory with its step map
 
-Same semantics as LMDeploy 0.18.0 (pytorch/strategies/dllm/unmasking.py). Source: SDAR (2510.06303).
+Two engines do this behind one interface, `Engine`: `TorchEngine`, this repository's own model, on CPU
+or GPU; and `LMDeployEngine`, LMDeploy in a subprocess (lmdeploy_child.py), whose semantics these are
+(pytorch/strategies/dllm/unmasking.py of its version 0.18.0). Source: SDAR (2510.06303).
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import mmap
+import os
+import socket
+import subprocess
 import sys
+import time
 from collections import deque
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Protocol
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from tqdm import tqdm
 
 from masking import InputError
-from model import BlockCache, Sampling, load, load_tokenizer, sampling_logprobs, stop_ids
+from model import (
+    BlockCache,
+    Sampling,
+    load,
+    load_tokenizer,
+    published_tensors,
+    sampling_logprobs,
+    stop_ids,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from model import BlockDiffusion
 
 RULES = ("dynamic", "static", "sequential")
+LMDEPLOY_VERSION = "0.18.0"  # lmdeploy_child.py replaces private methods of this version
+BUCKET_BYTES = 2**30  # weights travel to the subprocess in pieces of this size
 
 
 @dataclass
@@ -139,20 +163,79 @@ class Engine(Protocol):
         seeds: list[int],
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
-    ) -> list[Rollout]:
-        """One rollout per (prompt, seed), in that order; `done` sees each as it ends."""
+    ) -> list[Rollout | None]:
+        """One rollout per (prompt, seed), in that order; `done` sees each as it ends.
+
+        None where the engine lost its weights on the way: see `generate_all`.
+        """
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Overwrite the weights in place; names are those of the checkpoint."""
+        """Overwrite the weights in place; names are those of the model's parameters."""
 
-    def sleep(self) -> None:
-        """Give the memory back that only generation needs."""
+    def sleep(self) -> int:
+        """Give the memory back that only generation needs; bytes of the GPU that came free.
+
+        The next `generate` needs `update_weights`, then `wake`.
+        """
 
     def wake(self) -> None:
-        """Take it again."""
+        """Take the memory again."""
 
     def close(self) -> None:
         """End what the engine started."""
+
+
+def generate_all(
+    engine: Engine,
+    prompts: list[list[int]],
+    seeds: list[int],
+    how: Decoding,
+    done: Callable[[Rollout], None] = lambda rollout: None,
+    weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
+) -> list[Rollout]:
+    """`engine.generate`, and again for what is missing if the engine lost its weights on the way.
+
+    Args:
+        weights: the trainer's weights now. Gathering them is a collective call, so when it is given
+            every rank must call this function, and an engine lost on one rank makes all send again.
+    """
+    rollouts: list[Rollout | None] = [None] * len(prompts)
+    todo = range(len(prompts))
+    while True:
+        new = engine.generate([prompts[i] for i in todo], [seeds[i] for i in todo], how, done)
+        for i, rollout in zip(todo, new, strict=True):
+            rollouts[i] = rollout
+        todo = [i for i in todo if rollouts[i] is None]
+        if not _on_any_rank(bool(todo)):
+            return rollouts
+        engine.update_weights(weights())
+        engine.wake()
+
+
+def _on_any_rank(flag: bool) -> bool:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flag
+    flags = [False] * dist.get_world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+def check_prompts(prompts: list[list[int]], how: Decoding, block_size: int, limit: int) -> int:
+    """Positions that the longest request can need, whole blocks.
+
+    Raises:
+        InputError: an empty prompt, or one that with max_tokens exceeds the model's `limit`.
+    """
+    longest = max(map(len, prompts))
+    room = -(-(longest + how.max_tokens) // block_size) * block_size
+    if min(map(len, prompts)) == 0:
+        raise InputError("an empty prompt")
+    if room > limit:
+        raise InputError(
+            f"a prompt of {longest} tokens and max_tokens={how.max_tokens} exceed the model's "
+            f"{limit} positions"
+        )
+    return room
 
 
 class TorchEngine:
@@ -194,11 +277,14 @@ class TorchEngine:
         if own:
             raise ValueError(f"weight update: missing tensor {min(own)}")
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         """Nothing is kept between calls but the weights; those wait on the CPU."""
-        if self._device.type != "cpu":
-            self.model.to("cpu")
-            torch.cuda.empty_cache()
+        if self._device.type == "cpu":
+            return 0
+        before = torch.cuda.mem_get_info()[0]
+        self.model.to("cpu")
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0] - before
 
     def wake(self) -> None:
         """Bring the weights back."""
@@ -222,17 +308,7 @@ class TorchEngine:
         """
         if not prompts:
             return []
-        b = self.block_size
-        longest = max(map(len, prompts))
-        room = -(-(longest + how.max_tokens) // b) * b
-        limit = self.model.config.max_position_embeddings
-        if min(map(len, prompts)) == 0:
-            raise InputError("an empty prompt")
-        if room > limit:
-            raise InputError(
-                f"a prompt of {longest} tokens and max_tokens={how.max_tokens} exceed the model's "
-                f"{limit} positions"
-            )
+        room = check_prompts(prompts, how, self.block_size, self.model.config.max_position_embeddings)
         batch = _Batch(self, min(self.max_batch, len(prompts)), room, how)
         waiting = deque(range(len(prompts)))
         answers: list[Rollout | None] = [None] * len(prompts)
@@ -368,6 +444,398 @@ class _Batch:
             finish_reason="length" if stop is None else "stop",
             seed=request.seed,
         )
+
+
+class _ChildDied(Exception):
+    """The rollout process is gone, or silent for too long; the message says which."""
+
+
+def child_environment(environ: Mapping[str, str], device: int | None) -> dict[str, str]:
+    """Environment of a rank's rollout process: its one GPU, and nothing of the launcher's.
+
+    Args:
+        device: index of the rank's GPU among those that the rank itself sees; None without a GPU.
+            An inherited CUDA_VISIBLE_DEVICES (numbers or UUIDs) is indexed by it.
+    """
+    launcher = ("GROUP_", "ROLE_", "TORCHELASTIC_", "MASTER_", "LOCAL_")
+    kept = {k: v for k, v in environ.items() if not k.startswith(launcher)}
+    for name in ("RANK", "WORLD_SIZE"):
+        kept.pop(name, None)
+    if device is not None:
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device].strip() if visible else str(device)
+    return kept | {"LMDEPLOY_ENABLE_CHECK_ENV": "0"}  # else it starts a process that checks
+
+
+def lmdeploy_problem() -> str:
+    """Why LMDeploy cannot run here, in a line; empty if it can."""
+    try:
+        version = importlib.metadata.version("lmdeploy")
+    except importlib.metadata.PackageNotFoundError:
+        return f"lmdeploy {LMDEPLOY_VERSION} is not installed (README, Rollout engines)"
+    if version != LMDEPLOY_VERSION:
+        return f"lmdeploy {version} is installed, expected {LMDEPLOY_VERSION}"
+    return "" if torch.cuda.is_available() else "lmdeploy needs CUDA"
+
+
+class LMDeployEngine:
+    """LMDeploy's PyTorch engine in a subprocess of its own, on this rank's GPU.
+
+    Rollouts are those of `TorchEngine`: same steps, same record. `logprobs` is log g of the token at
+    its reveal, computed in float32 from the engine's own logits after temperature, top-k and top-p;
+    confidences likewise. A request's answer depends on its prompt and seed, not on its neighbours.
+
+    The subprocess ends with this one, however this one ends. If it dies or falls silent it is started
+    again and the unfinished requests are done again; after three deaths with no rollout in between
+    the run stops. An autoregressive model (block_size=0) is served too: a token per step, no step map.
+
+        engine = LMDeployEngine("JetLM/SDAR-8B-Chat", 4, tokenizer.mask_token_id, stop_ids(tokenizer))
+        rollouts = engine.generate(prompts, seeds, Decoding(max_tokens=2048))
+    """
+
+    setup = ""  # module:function that the subprocess calls first; for tests
+    start_seconds = 1800  # from the start to the first sign of readiness
+    silence_seconds = 600  # without a forward pass or an answer
+
+    def __init__(
+        self,
+        checkpoint: str,
+        block_size: int,
+        mask_id: int | None,
+        stop_ids: list[int],
+        max_batch: int = 256,
+        dtype: str = "bfloat16",
+        cache_gib: float = 0.0,
+        log: str | Path = "rollout.log",
+        options: dict[str, Any] | None = None,
+    ):
+        """Start the subprocess and wait until it is ready.
+
+        Args:
+            checkpoint: folder in the Hugging Face layout.
+            block_size: 0 for an autoregressive model.
+            cache_gib: key/value cache; 0: 40 % of what is free on the GPU now.
+            log: what the subprocess prints goes to the end of this file.
+            options: further fields of LMDeploy's PytorchEngineConfig.
+
+        Raises:
+            InputError: another version of LMDeploy, or the engine cannot start (its log is shown).
+        """
+        problem = lmdeploy_problem()
+        if problem and not self.setup:
+            raise InputError(f"config key engine: {problem}")
+        self.checkpoint, self.block_size = Path(checkpoint), block_size or 1
+        self.mask_id, self.stop_ids, self.dtype = mask_id, stop_ids, dtype
+        self.log = Path(log)
+        self.config = json.loads((self.checkpoint / "config.json").read_text())
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        page = 64  # tokens of a cache block, LMDeploy's default
+        self._settings = {
+            "checkpoint": str(checkpoint),
+            "block_size": block_size,
+            "mask_id": mask_id,
+            "setup": self.setup,
+            "options": {
+                "dtype": dtype,
+                "max_batch_size": max_batch,
+                "session_len": self.config["max_position_embeddings"],
+                "block_size": page,
+                "num_gpu_blocks": self._cache_bytes(cache_gib) // (page * self._bytes_per_token()),
+                "cudagraph_capture_batch_sizes": _batch_sizes(max_batch),
+            }
+            | (options or {}),
+        }
+        self._shapes = _tensor_shapes(self.checkpoint)
+        if not self._shapes:
+            raise InputError(f"{checkpoint}: no weights, expected *.safetensors")
+        self._memory = os.memfd_create("weights")  # shared memory without a name: nothing to leave behind
+        self._process: subprocess.Popen | None = None
+        self._deaths = 0  # in a row
+        self._own_weights = False  # the weights are no longer the checkpoint's
+        self._lost = False  # and the subprocess does not have them
+        self._asleep: set[str] = set()
+        try:
+            self._start()
+        except _ChildDied as reason:
+            self._kill()
+            self._give_up(f"the rollout process did not start ({reason})")
+
+    def _cache_bytes(self, gib: float) -> int:
+        free = torch.cuda.mem_get_info()[0] if self.device is not None else 2**30
+        return int(gib * 2**30) or int(0.4 * free)
+
+    def _bytes_per_token(self) -> int:
+        c = self.config
+        head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        values = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
+        return values * getattr(torch, self.dtype).itemsize
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        child = Path(__file__).with_name("lmdeploy_child.py")
+        with theirs, open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(child), str(theirs.fileno()), str(self._memory)],
+                pass_fds=(theirs.fileno(), self._memory),
+                env=child_environment(os.environ, self.device),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is the parent's affair
+            )
+        self._asleep, self._lost = set(), self._own_weights
+        self._send(self._settings)
+        self._receive(self.start_seconds)
+
+    def _give_up(self, reason: str) -> None:
+        tail = self.log.read_text(errors="replace").splitlines()[-15:]
+        tqdm.write("\n".join(["", f"last lines of {self.log}:", *tail]), file=sys.stderr)
+        raise InputError(f"{reason}; its log is {self.log}")
+
+    def _kill(self) -> None:
+        self._connection.close()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _receive(self, seconds: float) -> tuple:
+        """The child's next message.
+
+        Raises:
+            _ChildDied: it is gone, or said nothing for so many seconds.
+            RuntimeError: it reports an error; its traceback.
+        """
+        try:
+            message = self._connection.recv() if self._connection.poll(max(0.0, seconds)) else None
+        except (OSError, EOFError):
+            raise _ChildDied(f"exit code {self._process.wait()}") from None
+        if message is None:
+            raise _ChildDied(f"no sign of life for {seconds:.0f} s")
+        if message[0] == "error":
+            self._kill()
+            raise RuntimeError(f"in the rollout process:\n{message[1]}")
+        return message
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the child's Server and wait for its answer."""
+        self._send((name, arguments))
+        return self._receive(self.start_seconds)[1]
+
+    def _send(self, message: Any) -> None:
+        if self._process is None:
+            raise _ChildDied("it is not running")
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise _ChildDied(f"exit code {self._process.wait()}") from None
+
+    def _died(self, reason: Exception) -> None:
+        """Note a death; the third in a row ends the run."""
+        self._kill()
+        self._deaths += 1
+        if self._deaths >= 3:
+            self._give_up(f"the rollout process died {self._deaths} times in a row, the last time: {reason}")
+        tqdm.write(f"the rollout process died ({reason}): starting it again", file=sys.stderr)
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        how: Decoding,
+        done: Callable[[Rollout], None] = lambda rollout: None,
+    ) -> list[Rollout | None]:
+        """One rollout per (prompt, seed), in that order. See `Engine`.
+
+        Raises:
+            InputError: bad prompts, see `check_prompts`; or the engine died three times in a row.
+            RuntimeError: an error inside the engine, with its traceback.
+        """
+        answers: list[Rollout | None] = [None] * len(prompts)
+        if prompts:
+            check_prompts(prompts, how, self.block_size, self.config["max_position_embeddings"])
+        todo = list(range(len(prompts)))
+        while todo:
+            try:
+                if self._process is None:
+                    self._start()
+                if self._lost:
+                    return answers
+                requests = [(i, prompts[i], seeds[i] % 2**63) for i in todo]
+                self._send(("generate", (requests, how, self.stop_ids)))
+                for i, rollout in self._rollouts(prompts, seeds):
+                    answers[i] = rollout
+                    done(rollout)
+            except _ChildDied as reason:
+                self._died(reason)
+            todo = [i for i in todo if answers[i] is None]
+        return answers
+
+    def _rollouts(self, prompts: list[list[int]], seeds: list[int]) -> Iterable[tuple[int, Rollout]]:
+        forwards, last_progress = -1, time.monotonic()
+        while True:
+            kind, *content = self._receive(self.silence_seconds)
+            if kind == "done":
+                return
+            if kind == "alive" and content[0] == forwards:
+                if time.monotonic() - last_progress > self.silence_seconds:
+                    raise _ChildDied(f"no forward pass for {self.silence_seconds:.0f} s")
+                continue
+            last_progress = time.monotonic()
+            if kind == "alive":
+                (forwards,) = content
+                continue
+            index, record = content
+            self._deaths = 0
+            shown = record["response_ids"][: record["num_tokens"]]
+            stop = next((i for i, v in enumerate(shown) if v in self.stop_ids), None)
+            record["num_tokens"] = len(shown) if stop is None else stop + 1
+            reason = "length" if stop is None else "stop"
+            yield index, Rollout(prompts[index], **record, finish_reason=reason, seed=seeds[index])
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite the weights in place, a bucket at a time; a sleeping engine takes memory for them.
+
+        The iterator is read to its end even if the subprocess dies, since every rank takes part in
+        gathering it; the engine then starts again and wants the weights again (`generate_all`).
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape than in the checkpoint.
+        """
+        self._own_weights = self._lost = True
+        expected = dict(self._shapes)
+        tied = self.config.get("tie_word_embeddings")
+        bucket = _Bucket(self)
+        try:
+            if "weights" in self._asleep:
+                self._ask("wake", ["weights"])
+                self._asleep.remove("weights")
+        except _ChildDied as reason:
+            bucket.fail(reason)
+        for name, tensor in published_tensors(tensors):
+            if tied and name == "lm_head.weight":
+                continue
+            if name not in expected:
+                raise ValueError(f"weight update: unknown or repeated tensor {name}")
+            if expected.pop(name) != tuple(tensor.shape):
+                raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}")
+            bucket.add(name, tensor)
+        if expected:
+            raise ValueError(f"weight update: missing tensor {min(expected)}")
+        bucket.flush(last=True)
+        self._lost = bucket.failed
+
+    def sleep(self) -> int:
+        """Drop weights, cache and graphs; bytes of GPU memory that came free. See `Engine`."""
+        if self._asleep or self._process is None:
+            return 0
+        try:
+            freed = self._ask("sleep")
+        except _ChildDied as reason:
+            self._died(reason)
+            return 0
+        self._asleep, self._own_weights, self._lost = {"weights", "kv_cache"}, True, True
+        return freed
+
+    def wake(self) -> None:
+        """Take the memory again. Weights that `update_weights` did not bring meanwhile are lost."""
+        if not self._asleep or self._process is None:
+            return
+        try:
+            self._ask("wake", sorted(self._asleep, reverse=True))  # weights first
+            self._asleep.clear()
+        except _ChildDied as reason:
+            self._died(reason)
+
+    def close(self) -> None:
+        """End the subprocess."""
+        if self._process is not None:
+            self._kill()
+            os.close(self._memory)
+
+
+class _Bucket:
+    """Tensors on their way to the subprocess: one flat piece of memory that both can see.
+
+    On the GPU it is a tensor shared by CUDA IPC, on the CPU anonymous shared memory. It grows to the
+    largest single tensor if that is larger than BUCKET_BYTES.
+    """
+
+    def __init__(self, engine: LMDeployEngine):
+        self.engine, self.failed = engine, False
+        self.kind = getattr(torch, engine.dtype)
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.tensors: list[tuple[str, tuple[int, ...], int]] = []  # name, shape, offset in bytes
+        self.used = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor in; what is there goes out first if there is no room."""
+        if self.failed:
+            return
+        size = tensor.numel() * self.kind.itemsize
+        if self.used + size > len(self.memory):
+            self.flush()
+            if size > len(self.memory):
+                self._grow(max(size, BUCKET_BYTES))
+        if self.failed:
+            return
+        place = self.memory[self.used : self.used + size]
+        place.view(self.kind).view(tensor.shape).copy_(tensor)
+        self.tensors.append((name, tuple(tensor.shape), self.used))
+        self.used += -(-size // 16) * 16
+
+    def _grow(self, size: int) -> None:
+        handle, self.memory = None, torch.empty(0, dtype=torch.uint8)  # the smaller one goes first
+        if self.engine.device is None:
+            os.ftruncate(self.engine._memory, size)
+            self.memory = torch.frombuffer(mmap.mmap(self.engine._memory, size), dtype=torch.uint8)
+        else:
+            from torch.multiprocessing.reductions import reduce_tensor
+
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.engine.device)
+            handle = reduce_tensor(self.memory)
+        self._ask("map_bucket", handle, size)
+
+    def flush(self, last: bool = False) -> None:
+        """Have the subprocess copy what is there over its live parameters."""
+        if self.tensors or last:
+            if self.memory.is_cuda:
+                torch.cuda.synchronize()  # the subprocess reads on a stream of its own
+            self._ask("load", self.tensors, self.engine.dtype, last)
+        self.tensors, self.used = [], 0
+        if last:
+            self.memory = torch.empty(0, dtype=torch.uint8)
+            if self.engine.device is not None:
+                torch.cuda.ipc_collect()
+
+    def _ask(self, *request: Any) -> None:
+        try:
+            if not self.failed:
+                self.engine._ask(*request)
+        except _ChildDied as reason:
+            self.fail(reason)
+
+    def fail(self, reason: Exception) -> None:
+        """The subprocess died: nothing more is sent."""
+        self.failed = True
+        self.engine._died(reason)
+
+
+def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint's files, without reading the tensors."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        if file.name != "optimizer.safetensors":
+            with safe_open(file, "pt") as tensors:
+                shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _batch_sizes(largest: int) -> list[int]:
+    """Batch sizes that CUDA graphs are captured for: powers of two, up to `largest`."""
+    return sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})
 
 
 def main(checkpoint: str, question: str) -> None:

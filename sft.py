@@ -47,6 +47,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from evaluate import (
+    EngineName,
     Question,
     answer_questions,
     choose_block_size,
@@ -95,6 +96,9 @@ class TrainConfig:
     eval_threshold: float = 0.9  # of the dynamic, greedy decoding
     prompt: str = "{question}"  # the user's turn; {question} is replaced
     max_batch: int = 256  # answers that the engine generates at once
+    engine: EngineName = "auto"  # auto: lmdeploy where it can run, else torch
+    cache_gib: float = 0.0  # lmdeploy's key/value cache; 0: 40 % of the free GPU memory
+    tensor_parallel: int = 1  # GPUs per engine; only 1 works
     wandb: str = ""  # project to log to as well, if wandb is installed
 
 
@@ -335,6 +339,11 @@ class Run:
         self.optimizer.zero_grad()
         return full(norm).item()
 
+    def make_engine(self) -> Engine:
+        """The rollout engine, with the weights that the run starts from."""
+        log = self.out / f"engine-rank{self.rank}.log"
+        return make_engine(str(self.base), self.tokenizer, self.block_size, self.config, log)
+
     def log(self, **metrics: float) -> None:
         """Append one line to metrics.jsonl."""
         if self.rank:
@@ -494,7 +503,7 @@ class Evaluator:
         start = time.perf_counter()
         answers = answer_questions(
             engine, self.run.tokenizer, self.questions, how, self.run.block_size,
-            prompt=c.prompt, title="evaluate",
+            prompt=c.prompt, title="evaluate", weights=self.run.named_weights,
         )  # fmt: skip
         figures = summarize(answers) | {"seconds": time.perf_counter() - start}
         return {f"eval/{name}": value for name, value in figures.items()}
@@ -520,7 +529,8 @@ def main(argv: list[str]) -> None:
     examples = read_examples(config.data, run.tokenizer, run.block_size, config.max_tokens)
     evaluator = Evaluator(run) if config.eval_every else None
     if evaluator:
-        engine = make_engine(str(run.base), run.tokenizer, run.block_size, config.max_batch, config.dtype)
+        engine = run.make_engine()
+        engine.sleep()
     order = data_order(len(examples), config.seed, run.cursor)
     bar = tqdm(total=config.steps, initial=run.step, desc="sft", unit="step", disable=run.rank > 0)
     while run.step < config.steps:
@@ -534,13 +544,17 @@ def main(argv: list[str]) -> None:
         if run.due(config.eval_every):
             with watch("evaluate"):
                 engine.update_weights(run.named_weights())
+                engine.wake()
                 metrics |= evaluator(engine)
+                engine.sleep()
         run.log(**metrics, lr=lr, **watch.seconds)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         bar.update()
         if run.due(config.save_every) or run.step == config.steps:
             run.save()
     bar.close()
+    if evaluator:
+        engine.close()
 
 
 if __name__ == "__main__":

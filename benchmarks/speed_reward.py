@@ -33,7 +33,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from demo import run  # noqa: E402
 
-from evaluate import Question, answer_questions, make_engine, read_questions, write_json  # noqa: E402
+from evaluate import (  # noqa: E402
+    EvalConfig,
+    Question,
+    answer_questions,
+    make_engine,
+    read_questions,
+    write_json,
+)
 from masking import HOLD, pack, replay  # noqa: E402
 from model import Sampling, load_tokenizer  # noqa: E402
 from rollout import Decoding  # noqa: E402
@@ -115,7 +122,7 @@ def why(checkpoint: Path, questions: list[Question]) -> str:
     A hold of mass 1 was certain: it has no gradient, under either likelihood.
     """
     tokenizer = load_tokenizer(str(checkpoint))
-    engine = make_engine(str(checkpoint), tokenizer, 0, 256)
+    engine = make_engine(str(checkpoint), tokenizer, 0, EvalConfig(), checkpoint / "engine.log")
     b = engine.block_size
     lines = [
         "| threshold | TPF greedy | TPF sampled | holds | holds that were random |",

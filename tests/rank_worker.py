@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import sft
 from dipo import DiPOConfig, Group, is_useful, pack_groups, sample_groups, update_policy
-from evaluate import Question, load_config, make_engine
+from evaluate import Question, load_config
 from rollout import Decoding
 from sft import Example, Run, SFTConfig, sft_step
 
@@ -80,7 +80,7 @@ def run_sft(folder: Path, out: Path, resume: bool = False) -> list[dict]:
 
 def make_groups(case: Case, folder: Path, count: int) -> list[Group]:
     """`count` useful groups of two rollouts, the same in every process."""
-    engine = make_engine(str(folder), case.run.tokenizer, case.run.block_size, 64)
+    engine = case.run.make_engine()
     questions = [Question(f"{i}+{i + 3}?", "0") for i in range(30)]
     numbers = [(i, i) for i in range(30)]
     groups = sample_groups(case.run, engine, questions, numbers, case.config, HOW)

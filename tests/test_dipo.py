@@ -26,7 +26,7 @@ from dipo import (
     sample_groups,
     update_policy,
 )
-from evaluate import Answer, Question, load_config, make_engine
+from evaluate import Answer, Question, load_config
 from masking import InputError, noise
 from model import tiny
 from reward import Graded
@@ -234,7 +234,7 @@ def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
     # Two rollouts of a question are often equally fast; such groups are no use.
     settings = SPEED | {"groups": 6, "group_size": 2, "max_rounds": 20}
     run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
-    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    engine = run.make_engine()
     order = data_order(len(QUESTIONS), config.seed, 0)
     kept, figures = collect_groups(run, engine, QUESTIONS, order, config, HOW)
 
@@ -268,7 +268,7 @@ def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
 def test_collecting_ends_when_nothing_is_useful(folder, tmp_path):
     settings = {"groups": 2, "group_size": 2, "max_rounds": 3}
     run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
-    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    engine = run.make_engine()
     order = data_order(len(QUESTIONS), config.seed, 0)
     with pytest.raises(InputError, match="no useful group among 14 questions in 3 rounds"):
         collect_groups(run, engine, QUESTIONS, order, config, HOW)
@@ -283,7 +283,7 @@ def groups(folder, tmp_path_factory) -> list[Group]:
     """Real rollouts, rewarded by speed: some useful groups, of different lengths."""
     out = tmp_path_factory.mktemp("groups") / "run"
     run, config = start(DiPOConfig, folder, out, group_size=4, **SPEED)
-    engine = make_engine(str(folder), run.tokenizer, BLOCK, 64)
+    engine = run.make_engine()
     numbers = [(i, i) for i in range(8)]
     useful = [g for g in sample_groups(run, engine, QUESTIONS, numbers, config, HOW) if is_useful(g, config)]
     assert len(useful) >= 3

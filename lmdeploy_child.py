@@ -1,0 +1,379 @@
+"""Inside the rollout subprocess: LMDeploy's PyTorch engine, corrected in three places, and a recorder.
+
+rollout.LMDeployEngine starts this file, one process per rank, and talks to it over a socket pair. The
+engine is LMDeploy 0.18.0 as published; what is changed in it is changed here, in this process only:
+
+    fix_stop_words      upstream pytorch/strategies/dllm/sequence.py:122
+    fix_sampling        upstream pytorch/strategies/dllm/sampling.py:47-59
+    float32 confidence  upstream pytorch/strategies/dllm/unmasking.py:20     (in record_steps)
+    record_steps        what upstream does not return: the step map, the log-probability of every token
+                        at its reveal, and below which probability a draw was held
+
+Each function says what it corrects; tests/test_lmdeploy.py fails without each of them. They replace
+private methods, so any other version of LMDeploy is refused.
+
+Left out on purpose: tensor parallelism (needs ray), prefix caching (stale after a weight update).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import itertools
+import mmap
+import os
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rollout import LMDEPLOY_VERSION, Decoding, hold_bound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+HEARTBEAT_SECONDS = 1.0
+STRATEGIES = {
+    "dynamic": "low_confidence_dynamic",
+    "static": "low_confidence_static",
+    "sequential": "sequential",
+}
+
+
+@dataclass
+class Recorder:
+    """What the patched methods share: how this call decodes, and what has been recorded."""
+
+    how: Decoding
+    forwards: int  # passes of the network so far: a sign of life
+    finished: dict[int, dict[str, list]]  # by session: ids, steps, logprobs, hold_bounds, num_tokens
+
+
+RECORDER = Recorder(Decoding(), 0, {})
+
+
+def install(mask_id: int) -> None:
+    """Apply all patches; call it once, before the engine is built.
+
+    Raises:
+        RuntimeError: another version of LMDeploy than the one whose methods are replaced.
+    """
+    import lmdeploy
+    from lmdeploy.utils import get_logger
+
+    get_logger("lmdeploy").setLevel("WARNING")
+    if lmdeploy.__version__ != LMDEPLOY_VERSION:
+        raise RuntimeError(f"lmdeploy {lmdeploy.__version__} is installed, expected {LMDEPLOY_VERSION}")
+    use_mask_id(mask_id)
+    fix_stop_words()
+    fix_sampling()
+    record_steps()
+
+
+def use_mask_id(mask_id: int) -> None:
+    """Upstream pytorch/configurations/sdar.py:16 knows one mask token, 151669; take the tokenizer's."""
+    from lmdeploy.pytorch.configurations.sdar import SDARModelConfigBuilder as Builder
+
+    build = Builder.build.__func__
+
+    def with_mask_id(cls, *args, **kwargs):
+        config = build(cls, *args, **kwargs)
+        config.dllm_mask_token = mask_id
+        return config
+
+    Builder.build = classmethod(with_mask_id)
+
+
+def fix_stop_words() -> None:
+    """See stop words in the block that holds the prompt's tail.
+
+    Upstream counts where the answer begins from the prompt *after* it was filled up with masks to a
+    whole block, so a stop word in those places is taken for the prompt's and generation goes on.
+    """
+    from lmdeploy.pytorch.strategies.dllm.sequence import SchedulerSequenceDLLM as Sequence
+
+    append = Sequence._update_token_ids_inputs
+
+    def _update_token_ids_inputs(self, token_ids, dllm_mask):
+        append(self, token_ids, dllm_mask)
+        self.output_start_pos = self.num_valid_ids
+
+    Sequence._update_token_ids_inputs = _update_token_ids_inputs
+
+
+def fix_sampling() -> None:
+    """Give every row its own request's settings, and every position its own random numbers.
+
+    The rows of a batch are request after request, B positions each. Upstream repeats the settings the
+    other way round (position after position), so requests get each other's seeds, temperatures and
+    top-k. And it draws from (seed, offset) alone, one pair per request: all positions of a block draw
+    the same number. Together, 16 copies of a prompt with 16 seeds gave 4 answers; a group of identical
+    rollouts has no advantage to learn from.
+    """
+    from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy as Strategy
+
+    per_row = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p", "random_seeds")
+    per_row += ("random_offsets", "num_ignore_eos", "repetition_ngram_size", "repetition_ngram_threshold")
+    make = Strategy.make_sampling_inputs
+
+    def make_sampling_inputs(self, seqs):
+        inputs, block_size = make(self, seqs), self.dllm_block_length
+        for name in per_row:
+            value = getattr(inputs, name, None)
+            if value is not None:  # [B * S] -> [S * B]
+                setattr(inputs, name, value.view(block_size, len(seqs)).T.reshape(-1))
+        if inputs.random_seeds is not None:  # 64 bits wrap around; the kernel's generator takes them all
+            position = torch.arange(block_size).repeat(len(seqs))
+            inputs.random_seeds = inputs.random_seeds + position * 0x1E3779B97F4A7C15
+        return inputs
+
+    Strategy.make_sampling_inputs = make_sampling_inputs
+
+
+def drawn_logprobs(
+    logits: torch.Tensor, drawn: torch.Tensor, how: Decoding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p, log g) of the tokens that were drawn, each [rows] in float32.
+
+    Args:
+        logits: [rows, V], temperature already applied. p is their softmax, g is p after top-k, then
+            top-p: the same distributions as `model.sampling_logprobs`, without any [rows, V] result.
+        drawn: [rows]
+    """
+    value = logits.gather(-1, drawn[:, None])[:, 0].float()
+    log_p = value - torch.cat([part.float().logsumexp(-1) for part in logits.split(128)])
+    if how.top_k == 0 and how.top_p == 1.0:
+        return log_p, log_p
+    ranked = logits.topk(min(how.top_k, logits.shape[1]) or logits.shape[1]).values.float()
+    probability = ranked.softmax(-1)
+    dropped = probability.cumsum(-1) - probability > how.top_p
+    dropped[:, 0] = False
+    return log_p, value - ranked.masked_fill(dropped, -torch.inf).logsumexp(-1)
+
+
+def record_steps() -> None:
+    """Record, per request, at which step each token was revealed, with which log g, and the hold bound.
+
+    `update_running` runs once per forward for every running request, so what became of the masks
+    between two calls is the step map. A forward that only writes a finished block to the cache
+    reveals nothing and is no step. Confidences are computed in float32: upstream takes the softmax in
+    the dtype of the LM head, where bfloat16 ties neighbours and turns a threshold of 0.9 into 0.8965.
+    """
+    from lmdeploy.pytorch.consts import DLLM_MASKED, DLLM_UNMASKED
+    from lmdeploy.pytorch.strategies.dllm import model_agent, sequence, unmasking
+
+    Unmasking, Agent = unmasking.UnmaskingProcessor, model_agent.DLLMModelAgentStrategy
+    Strategy, Sequence = sequence.DLLMSequenceStrategy, sequence.SchedulerSequenceDLLM
+    unmask, update_running = Unmasking.__call__, Strategy.update_running
+    decode, set_stop_pos = Sequence._update_token_ids_decode, Sequence.set_stop_pos
+
+    @dataclass
+    class Outputs(model_agent.DLLMExtraOutputs):  # its tensors are copied to the CPU with the others
+        logprobs: torch.Tensor  # [S * B] log g of what was drawn
+        bounds: torch.Tensor  # [S] below which a draw was held
+
+    def unmask_and_record(self, logits, input_ids, token_ids, dllm_mask):
+        block_size = self.dllm_config.block_length
+        log_p, log_g = drawn_logprobs(logits, token_ids, RECORDER.how)
+        self.confidence = log_p.exp()
+        masked = dllm_mask == DLLM_MASKED
+        dllm_mask, token_ids = unmask(self, logits, input_ids, token_ids, dllm_mask)
+        revealed = masked & (dllm_mask == DLLM_UNMASKED)
+        blocks = (t.view(-1, block_size) for t in (self.confidence, revealed))
+        self.record = log_g, hold_bound(*blocks, RECORDER.how)
+        return dllm_mask, token_ids
+
+    def make_extra_outputs(self, extra_inputs):
+        return Outputs(extra_inputs.dllm_mask, *self.unmasking_processor.record)
+
+    def update_running_and_record(self, running, batched_outputs, *args, **kwargs):
+        extra = batched_outputs.extra_outputs
+        logprobs = extra.logprobs.view(len(running), -1).tolist()
+        for request, logprob, bound in zip(running, logprobs, extra.bounds.tolist(), strict=True):
+            request.latest = logprob, bound
+        RECORDER.forwards += 1
+        return update_running(self, running, batched_outputs, *args, **kwargs)
+
+    def _update_token_ids_decode(self, token_ids, dllm_mask):
+        start = self.num_history_ids
+        before = self.history_dllm_mask[start : start + len(dllm_mask)]
+        revealed = np.flatnonzero((before == DLLM_MASKED) & (dllm_mask == DLLM_UNMASKED))
+        if len(revealed):
+            record = self.__dict__.setdefault("record", {})
+            self.step = getattr(self, "step", 0) + 1
+            logprob, bound = self.latest
+            record.update((start + int(i), (self.step, logprob[i], bound)) for i in revealed)
+        decode(self, token_ids, dllm_mask)
+
+    def set_stop_pos_and_record(self, pos):  # once per request, when its last block is complete
+        end, first = self.num_valid_ids, self.num_valid_ids - self.num_new_tokens
+        steps, logprobs, bounds = zip(*(self.record[i] for i in range(first, end)), strict=True)
+        ids = self.history_cache[first:end].tolist()
+        set_stop_pos(self, pos)
+        RECORDER.finished[self.session_id] = {
+            "response_ids": ids,
+            "steps": list(steps),
+            "logprobs": list(logprobs),
+            "hold_bounds": list(bounds),
+            "num_tokens": self.num_new_tokens,
+        }
+
+    Unmasking.__call__ = unmask_and_record
+    Unmasking._get_scores = lambda self, logits, token_ids: self.confidence
+    Agent.make_extra_outputs = make_extra_outputs
+    Strategy.update_running = update_running_and_record
+    Sequence._update_token_ids_decode = _update_token_ids_decode
+    Sequence.set_stop_pos = set_stop_pos_and_record
+
+
+class Server:
+    """The engine, and what the parent can ask of it: every public method is a request."""
+
+    def __init__(self, conn: Connection, settings: dict[str, Any], weights_fd: int):
+        from lmdeploy.messages import PytorchEngineConfig
+        from lmdeploy.pytorch.engine import Engine
+
+        self.conn, self.weights_fd = conn, weights_fd
+        self.block_size = settings["block_size"]
+        options = dict(settings["options"])
+        if self.block_size:
+            options |= {"dllm_block_length": self.block_size, "dllm_denoising_steps": 1}
+        config = PytorchEngineConfig(distributed_executor_backend="uni", enable_metrics=False, **options)
+        self.engine = Engine.from_pretrained(settings["checkpoint"], engine_config=config)
+        self.agent = self.engine.executor.model_agent
+        self.engine.start()
+        self.instance = self.engine.create_instance()
+        self.sessions = itertools.count(1)
+        self.bucket = torch.empty(0, dtype=torch.uint8)
+
+    async def generate(
+        self, requests: list[tuple[int, list[int], int]], how: Decoding, stop_ids: list[int]
+    ) -> None:
+        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends."""
+        RECORDER.how = how
+        if self.block_size:
+            config = self.agent.agent_strategy.unmasking_processor.dllm_config
+            config.unmasking_strategy = type(config.unmasking_strategy).from_str(STRATEGIES[how.rule])
+            config.denoising_steps, config.confidence_threshold = how.denoising_steps, how.threshold
+        beating = asyncio.create_task(self._beat())
+        try:
+            await asyncio.gather(*(self._answer(*request, how, stop_ids) for request in requests))
+        finally:
+            beating.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            self.conn.send(("alive", RECORDER.forwards))
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+
+    async def _answer(
+        self, index: int, prompt: list[int], seed: int, how: Decoding, stop_ids: list[int]
+    ) -> None:
+        from lmdeploy.messages import GenerationConfig, ResponseType
+
+        config = GenerationConfig(
+            max_new_tokens=how.max_tokens,
+            do_sample=True,  # not looked at on this path: greedy is top_k=1
+            top_k=how.top_k,
+            top_p=how.top_p,
+            temperature=how.temperature,
+            random_seed=seed,
+            stop_token_ids=stop_ids,
+        )
+        session, ids, status = next(self.sessions), [], None
+        async for out in self.instance.async_stream_infer(session, prompt, gen_config=config):
+            ids, status = ids + list(out.token_ids or []), out.status
+            RECORDER.forwards += not self.block_size
+        await self.instance.async_end(session)
+        if self.block_size:
+            record = RECORDER.finished.pop(session, None)
+        else:  # an autoregressive model: a token per forward, nothing to replay
+            unknown = [float("nan")] * len(ids)
+            record = {"response_ids": ids, "steps": list(range(1, len(ids) + 1)), "num_tokens": len(ids)}
+            record |= {"logprobs": unknown, "hold_bounds": unknown}
+        if record is None or status not in (ResponseType.SUCCESS, ResponseType.FINISH):
+            raise RuntimeError(f"lmdeploy ended a request of {len(prompt)} tokens with {status}")
+        self.conn.send(("rollout", index, record))
+
+    async def map_bucket(self, handle: tuple | None, size: int) -> None:
+        """Where the next weights lie: a CUDA tensor of the parent, or `size` bytes of shared memory."""
+        if handle is None:
+            self.bucket = torch.frombuffer(mmap.mmap(self.weights_fd, size), dtype=torch.uint8)
+            return
+        rebuild, arguments = handle
+        arguments = list(arguments)
+        arguments[6] = torch.cuda.current_device()  # the same GPU, by this process's own number
+        self.bucket = rebuild(*arguments)
+
+    async def load(self, tensors: list[tuple[str, tuple[int, ...], int]], dtype: str, last: bool) -> None:
+        """Copy (name, shape, offset in bytes) tensors of the bucket over the live parameters."""
+        from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
+
+        def views() -> Iterable[tuple[str, torch.Tensor]]:
+            kind = getattr(torch, dtype)
+            for name, shape, offset in tensors:
+                size = int(np.prod(shape)) * kind.itemsize
+                yield name, self.bucket[offset : offset + size].view(kind).view(shape)
+
+        model = self.agent.patched_model.get_model()
+        with self.agent.all_context():  # parameters keep their place, so captured graphs stay valid
+            model.load_weights(views())
+            if last:
+                process_weights_after_loading(model)
+        torch.cuda.synchronize()
+        if last:
+            self.bucket = torch.empty(0, dtype=torch.uint8)
+
+    async def sleep(self) -> int:
+        """Drop weights, cache and graphs; bytes of GPU memory that came free."""
+        before = torch.cuda.mem_get_info()[0]
+        await self.engine.sleep(2)
+        return torch.cuda.mem_get_info()[0] - before
+
+    async def wake(self, tags: list[str]) -> None:
+        """Take memory again: "weights", empty until they are loaded, and "kv_cache" with the graphs."""
+        self.engine.wakeup(tags)
+
+
+def serve(conn: Connection, weights_fd: int) -> None:
+    """Build the engine as the first message says, then answer requests until the parent is gone."""
+    settings = conn.recv()
+    requests: asyncio.Queue = asyncio.Queue()
+
+    def listen(loop: asyncio.AbstractEventLoop) -> None:
+        while True:
+            try:
+                message = conn.recv()
+            except (EOFError, OSError):  # the parent closed its end or died: so do we, whatever we do
+                os._exit(0)
+            loop.call_soon_threadsafe(requests.put_nowait, message)
+
+    async def answer() -> None:
+        threading.Thread(target=listen, args=(asyncio.get_running_loop(),), daemon=True).start()
+        server = Server(conn, settings, weights_fd)
+        conn.send(("done", None))
+        while True:
+            name, arguments = await requests.get()
+            try:
+                conn.send(("done", await getattr(server, name)(*arguments)))
+            except Exception:
+                conn.send(("error", traceback.format_exc()))
+
+    if settings["setup"]:  # a hook for tests: module:function
+        module, function = settings["setup"].split(":")
+        getattr(importlib.import_module(module), function)()
+    install(settings["mask_id"])
+    asyncio.run(answer())
+
+
+if __name__ == "__main__":
+    socket_fd, memory_fd = map(int, sys.argv[1:])
+    try:
+        serve(Connection(socket_fd), memory_fd)
+    except (EOFError, BrokenPipeError):
+        sys.exit(0)

@@ -1,0 +1,545 @@
+"""LMDeployEngine against the embedded engine, on a CPU.
+
+The subprocess runs LMDeploy's own scheduler, sampling, unmasking, weight loader and sleep code;
+lmdeploy_on_cpu.py says what is stood in for.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, WORDS
+from data_rows import write_task
+
+import dipo
+import evaluate
+import model
+from masking import InputError, pack, replay
+from rollout import (
+    RULES,
+    Decoding,
+    LMDeployEngine,
+    TorchEngine,
+    child_environment,
+    generate_all,
+    lmdeploy_problem,
+    stop_ids,
+)
+
+pytest.importorskip("lmdeploy", reason="pip install --no-deps -r requirements-lmdeploy.txt")
+TESTS = Path(__file__).parent
+STOPS = list(range(0, WORDS, 9))  # many, so that answers end everywhere in a block
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """The stand-ins are installed in every subprocess that a test starts."""
+    monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:install")
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def start(folder, log, block_size=4, stops=STOPS, **changes) -> LMDeployEngine:
+    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    return LMDeployEngine(str(folder), block_size, mask_id, stops, 48, "float32", log=log, **changes)
+
+
+def embedded(folder, block_size=4, stops=STOPS) -> TorchEngine:
+    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    return TorchEngine(model.load(str(folder)), block_size, mask_id, stops)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return model.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", **TINY)
+
+
+@pytest.fixture(scope="module", params=[1, 4, 8])
+def both(request, folder, tmp_path_factory):
+    """(LMDeploy, embedded) on the same checkpoint, per block size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:install")
+        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        log = tmp_path_factory.mktemp("log") / "engine.log"
+        engine = start(folder, log, request.param)
+    yield engine, embedded(folder, request.param)
+    engine.close()
+
+
+def prompts_of(lengths, seed=0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(WORDS) for _ in range(n)] for n in lengths]
+
+
+def shown(rollout) -> tuple:
+    return rollout.response_ids, rollout.steps, rollout.num_tokens, rollout.finish_reason
+
+
+# ------------------------------------------------------------------------------------ same decisions
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_greedy_rollouts_equal_the_embedded_engines(both, rule):
+    engine, reference = both
+    prompts = prompts_of(range(1, 71))
+    how = Decoding(top_k=1, rule=rule, threshold=0.4, denoising_steps=2, max_tokens=29)
+    answers = engine.generate(prompts, range(70), how)
+    expected = reference.generate(prompts, range(70), how)
+    for one, other in zip(answers, expected, strict=True):
+        assert shown(one) == shown(other)
+        assert one.hold_bounds == pytest.approx(other.hold_bounds, abs=1e-5)
+    first_block = engine.block_size - 1
+    early = [r for r in expected if r.finish_reason == "stop" and r.num_tokens <= first_block]
+    assert early or first_block == 0, "no answer ends in the block that holds the end of its prompt"
+    assert any(r.finish_reason == "length" for r in expected)
+
+
+SAMPLING = {
+    "plain": Decoding(max_tokens=30, threshold=0.4),
+    "truncated": Decoding(max_tokens=30, threshold=0.4, top_k=20, top_p=0.8, temperature=0.7),
+    "static": Decoding(max_tokens=30, rule="static", denoising_steps=2),
+    "sequential": Decoding(max_tokens=30, rule="sequential", denoising_steps=4),
+}
+
+
+@pytest.mark.parametrize("how", SAMPLING.values(), ids=SAMPLING)
+def test_the_trainer_gives_sampled_tokens_the_engines_logprobs(both, how):
+    engine, reference = both
+    rollouts = engine.generate(prompts_of(range(1, 41)), range(40), how)
+    trainer, block_size = reference.model, engine.block_size
+    views = [replay(r, block_size, 1.0) for r in rollouts]
+    for row in pack(views, block_size, reference.mask_id, 8192):
+        with torch.no_grad():
+            ours = trainer.score(row, how).logprobs
+        assert (ours - row.engine_logprobs).abs().max() < 1e-4
+
+
+def test_hold_bounds_follow_from_what_was_revealed(both):
+    engine, _ = both
+    how = SAMPLING["plain"]
+    below = 0
+    for r in engine.generate(prompts_of(range(1, 41)), range(40), how):
+        for step in set(r.steps):
+            at = [i for i, s in enumerate(r.steps) if s == step]
+            confidences = [torch.tensor(r.logprobs[i]).exp().item() for i in at]  # g is p here
+            (bound,) = {r.hold_bounds[i] for i in at}
+            if min(confidences) >= how.threshold:
+                assert bound == pytest.approx(how.threshold)
+            else:
+                below += 1
+                assert [bound] == pytest.approx(confidences), "alone, the most confident"
+    assert below > 50
+
+
+def test_more_requests_than_fit_at_once(folder, tmp_path):
+    engine = start(folder, tmp_path / "log", options={"max_batch_size": 3, "num_gpu_blocks": 4})
+    prompts, how = prompts_of([5, 70, 33, 1, 64] * 4), Decoding(top_k=1, max_tokens=60)
+    ended = []
+    answers = engine.generate(prompts, range(20), how, ended.append)
+    engine.close()
+    expected = embedded(folder).generate(prompts, range(20), how)
+    assert [shown(a) for a in answers] == [shown(e) for e in expected]
+    assert len(ended) == 20
+
+
+# ------------------------------------------------------------------------------------ random numbers
+
+
+def copies(engine) -> int:
+    """Distinct answers among 16 copies of a prompt."""
+    prompt = prompts_of([10])[0]
+    rollouts = engine.generate([prompt] * 16, range(16), Decoding(max_tokens=24))
+    return len({tuple(r.response_ids) for r in rollouts})
+
+
+def test_copies_of_a_prompt_get_answers_of_their_own(both, monkeypatch):
+    monkeypatch.setattr(both[0], "stop_ids", [])
+    assert copies(both[0]) == 16
+
+
+def test_without_the_sampling_fix_they_do_not(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:without_sampling_fix")
+    engine = start(folder, tmp_path / "log", stops=[])
+    assert copies(engine) < 16
+    engine.close()
+
+
+def test_without_the_stop_fix_answers_run_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:without_stop_fix")
+    engine = start(folder, tmp_path / "log")
+    prompts, how = prompts_of(range(1, 71)), Decoding(top_k=1, threshold=0.4, max_tokens=29)
+    answers = engine.generate(prompts, range(70), how)
+    engine.close()
+    expected = embedded(folder).generate(prompts, range(70), how)
+    longer = [len(a.response_ids) > len(e.response_ids) for a, e in zip(answers, expected, strict=True)]
+    assert any(longer)
+
+
+def test_an_answer_depends_on_its_seed_and_not_on_its_neighbours(both):
+    engine, _ = both
+    prompts, how = prompts_of([7, 12, 7, 30, 9]), Decoding(max_tokens=30)
+    seeds = [3, 2**62 + 5, 3, 8, 2**40]
+    together = engine.generate(prompts, seeds, how)
+    alone = [engine.generate([p], [s], how)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert [shown(r) for r in together] == [shown(r) for r in alone]
+    other = engine.generate(prompts, [s + 1 for s in seeds], how)
+    assert [shown(r) for r in together] != [shown(r) for r in other]
+
+
+def test_every_position_draws_uniformly(folder, tmp_path):
+    # A flat model: in a block that is revealed at once, equal draws at two positions are chance.
+    flat = model.tiny(tmp_path / "flat", **TINY | {"initializer_range": 1e-4})
+    engine = start(flat, tmp_path / "log", stops=[])
+    how = Decoding(max_tokens=32, threshold=0.0)
+    rollouts = engine.generate([[1, 2, 3, 4]] * 48, range(48), how)
+    engine.close()
+    blocks = [r.response_ids[i : i + 4] for r in rollouts for i in range(0, 32, 4)]
+    equal = sum(len(set(block)) < 4 for block in blocks) / len(blocks)
+    assert equal < 0.08, "6 pairs of 264 tokens: 2.3 % by chance"
+    tokens = [v for r in rollouts for v in r.response_ids]
+    assert 100 < sum(tokens) / len(tokens) < 164, "264 tokens, 131.5 on average"
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def test_after_each_of_100_updates_it_answers_as_the_checkpoint_does(folder, tmp_path):
+    network, prompts = model.load(str(folder)), prompts_of([3, 17, 30, 8])
+    engine, how = start(folder, tmp_path / "log"), Decoding(top_k=1, max_tokens=12)
+    answers = set()
+    for update in range(100):
+        with torch.no_grad():
+            for p in network.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(update)), alpha=0.05)
+        model.save(network, tmp_path / "saved", folder, network.state_dict().items())
+        if update % 10 == 5:
+            engine.sleep()
+        engine.update_weights(network.named_parameters())
+        engine.wake()
+        got = engine.generate(prompts, range(4), how)
+        assert [shown(r) for r in got] == [
+            shown(r) for r in embedded(tmp_path / "saved").generate(prompts, range(4), how)
+        ]
+        answers.add(tuple(got[0].response_ids))
+    assert len(answers) > 50, "updates that change nothing prove nothing"
+    fresh = start(tmp_path / "saved", tmp_path / "log")
+    assert [shown(r) for r in fresh.generate(prompts, range(4), how)] == [shown(r) for r in got]
+    for e in (engine, fresh):
+        e.close()
+
+
+MOE = {
+    "architectures": ["SDARMoeForCausalLM"],
+    "model_type": "sdar_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, MOE], ids=["tied", "experts"])
+def test_updates_of_other_architectures(tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("rollout.BUCKET_BYTES", 30_000)  # many buckets; the largest tensors exceed it
+    first, second = (model.tiny(tmp_path / str(s), seed=s, **TINY | changes) for s in (1, 2))
+    engine, how = start(first, tmp_path / "log"), Decoding(top_k=1, max_tokens=16)
+    prompts = prompts_of([3, 17, 30, 8])
+    for folder in (first, second, first):
+        engine.update_weights(model.load(str(folder)).named_parameters())
+        got = engine.generate(prompts, range(4), how)
+        assert [shown(r) for r in got] == [
+            shown(r) for r in embedded(folder).generate(prompts, range(4), how)
+        ]
+    engine.close()
+
+
+def test_wrong_weights_are_refused_and_right_ones_still_taken(folder, tmp_path):
+    engine = start(folder, tmp_path / "log")
+    tensors = dict(model.load(str(folder)).named_parameters())
+    name = "model.norm.weight"
+    for wrong, message in (
+        ({k: v for k, v in tensors.items() if k != name}, f"missing tensor {name}"),
+        (tensors | {"model.extra": torch.zeros(1)}, "unknown or repeated tensor model.extra"),
+        (tensors | {name: torch.zeros(3)}, r"model.norm.weight has shape \(3,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.update_weights(wrong.items())
+    engine.update_weights(tensors.items())
+    how = Decoding(top_k=1, max_tokens=16)
+    got = engine.generate(prompts_of([9]), [0], how)
+    engine.close()
+    assert shown(got[0]) == shown(embedded(folder).generate(prompts_of([9]), [0], how)[0])
+
+
+# ------------------------------------------------------------------------------------ life and death
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=30) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_twenty_kills_lose_no_rollout_and_leave_nothing_behind(folder, tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    updated = model.load(str(model.tiny(tmp_path / "updated", seed=7, **TINY)))
+    prompts, how = prompts_of([20] * 400), Decoding(max_tokens=40)
+    engine = start(folder, tmp_path / "log")
+    engine.update_weights(updated.named_parameters())
+    expected = generate_all(engine, prompts, range(400), how)
+
+    rng, pids, ended = random.Random(0), [], []
+    finished = threading.Event()
+
+    def kill():
+        while len(pids) < 20 and not finished.is_set():
+            time.sleep(rng.uniform(0.0, 0.5))  # while it starts, takes weights or generates
+            process = engine._process
+            if process and process.poll() is None and process.pid not in pids:
+                if len(pids) % 3:  # of every three, one dies before it is ready
+                    count = len(ended)
+                    wait_until(lambda: len(ended) > count or finished.is_set())  # noqa: B023
+                pids.append(process.pid)
+                os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answers: list = []
+    while killer.is_alive() or not answers:
+        ended.clear()
+        answers = generate_all(engine, prompts, range(400), how, ended.append, updated.named_parameters)
+        assert [shown(r) for r in answers] == [shown(r) for r in expected]
+        assert sorted(r.seed for r in ended) == list(range(400)), "one lost, or done twice"
+    finished.set()
+    killer.join()
+    pids.append(engine._process.pid)
+    engine.close()
+    assert len(set(pids)) == 21
+    assert not any(map(alive, pids))
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def test_the_subprocess_dies_with_its_parent(folder, tmp_path):
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[4]); sys.argv[4:] = []\n"
+        "import model\nfrom rollout import *\n"
+        "LMDeployEngine.setup = 'lmdeploy_on_cpu:install'\n"
+        "e = LMDeployEngine(sys.argv[1], 4, int(sys.argv[2]), [], 8, 'float32', log=sys.argv[3])\n"
+        "print(e._process.pid, flush=True)\n"
+        "e.generate([[1, 2, 3]] * 4, range(4), Decoding(max_tokens=4000))\n"
+    )
+    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    arguments = [str(folder), str(mask_id), str(tmp_path / "log"), str(TESTS.parent)]
+    parent = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    time.sleep(0.5)  # in the middle of a rollout
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert wait_until(lambda: not alive(child))
+
+
+@pytest.mark.parametrize(
+    "setup,message",
+    [
+        ("dies_when_asked", "died 3 times in a row, the last time: exit code 3"),
+        ("falls_silent", "died 3 times in a row, the last time: no sign of life for 2 s"),
+        ("stands_still", "died 3 times in a row, the last time: no forward pass for 2 s"),
+    ],
+)
+def test_three_deaths_in_a_row_end_the_run(folder, tmp_path, monkeypatch, capfd, setup, message):
+    monkeypatch.setattr(LMDeployEngine, "setup", f"lmdeploy_on_cpu:{setup}")
+    monkeypatch.setattr(LMDeployEngine, "silence_seconds", 2)
+    engine = start(folder, tmp_path / "log")
+    with pytest.raises(InputError, match=message):
+        engine.generate(prompts_of([5]), [0], Decoding())
+    assert "last lines of" in capfd.readouterr().err
+
+
+def test_a_failed_start_shows_the_childs_own_words(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:other_version")
+    with pytest.raises(InputError, match=r"did not start \(exit code 1\); its log is"):
+        start(folder, tmp_path / "log")
+    assert "lmdeploy 0.17.9 is installed, expected 0.18.0" in capfd.readouterr().err
+
+
+def test_an_error_in_the_engine_comes_with_its_traceback(folder, tmp_path):
+    engine = start(folder, tmp_path / "log")
+    with pytest.raises(RuntimeError, match="KeyError: 'no such rule'"):
+        engine.generate(prompts_of([5]), [0], Decoding(rule="no such rule"))
+    got = engine.generate(prompts_of([5]), [0], Decoding(max_tokens=8))
+    engine.close()
+    assert len(got) == 1, "and the next call has a new engine"
+
+
+def test_no_request_is_made_of_bad_prompts(both):
+    with pytest.raises(InputError, match="an empty prompt"):
+        both[0].generate([[1], []], [0, 1], Decoding())
+    with pytest.raises(InputError, match="a prompt of 4090 tokens and max_tokens=64 exceed"):
+        both[0].generate([[1] * 4090], [0], Decoding(max_tokens=64))
+
+
+def test_the_subprocess_listens_on_no_port(both):
+    psutil = pytest.importorskip("psutil")
+    kinds = {c.family.name for c in psutil.Process(both[0]._process.pid).net_connections("all")}
+    assert kinds <= {"AF_UNIX"}
+
+
+# ------------------------------------------------------------------------------------ environment
+
+
+def test_the_child_sees_its_ranks_gpu_and_no_launcher():
+    launcher = dict.fromkeys(
+        [
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "TORCHELASTIC_RUN_ID",
+            "GROUP_RANK",
+        ],
+        "1",
+    )
+    for visible, device, expected in (
+        (None, 3, "3"),
+        ("", 1, "1"),
+        ("4,5,6,7", 2, "6"),
+        ("GPU-aa, GPU-bb", 1, "GPU-bb"),
+        ("4,5", None, "4,5"),
+    ):
+        given = launcher | {"HOME": "/h"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+        got = child_environment(given, device)
+        assert got == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": expected, "LMDEPLOY_ENABLE_CHECK_ENV": "0"}
+
+
+def test_another_version_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(LMDeployEngine, "setup", "")
+    monkeypatch.setattr("rollout.LMDEPLOY_VERSION", "0.19.0")
+    assert lmdeploy_problem() == "lmdeploy 0.18.0 is installed, expected 0.19.0"
+    with pytest.raises(InputError, match="config key engine: lmdeploy 0.18.0 is installed"):
+        start(folder, tmp_path / "log")
+
+
+# ------------------------------------------------------------------------------------ the scripts
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_dipo_trains_and_resumes_with_it(folder, tmp_path):
+    write_task(tmp_path)
+    common = [
+        f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/run", "engine=lmdeploy", "groups=4",
+        "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "likelihood=exact", "lr=1e-3", "threshold=0.4",
+        f"eval_data={tmp_path}/rl.jsonl", "eval_every=2", "eval_limit=5", "max_tokens=24", "save_every=1",
+    ]  # fmt: skip
+    dipo.main([*common, "steps=2"])
+    dipo.main([*common, "steps=4", "resume=true"])
+    lines = metrics_of(tmp_path / "run")
+    assert [m["step"] for m in lines] == [1, 2, 3, 4]
+    assert max(m["gap_max"] for m in lines) < 1e-4, "a stale weight would show here"
+    assert lines[-1]["eval/accuracy"] >= 0
+    assert (tmp_path / "run" / "engine-rank0.log").exists()
+
+
+def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import os, sys, threading\n"
+        f"sys.path[:0] = {[str(TESTS.parent), str(TESTS)]!r}\n"
+        "import dipo, sft\nfrom rollout import LMDeployEngine\n"
+        "LMDeployEngine.setup = 'lmdeploy_on_cpu:install'\n"
+        "rollouts = LMDeployEngine._rollouts\n"
+        "def once(self, *a):\n"
+        "    for n, item in enumerate(rollouts(self, *a)):\n"
+        "        yield item\n"
+        "        if n == 3 and self._own_weights and os.environ.pop('RANK', '') == '1':\n"
+        "            self._process.kill()\n"
+        "LMDeployEngine._rollouts = once\n"
+        "dipo.main(sys.argv[1:])\n"
+        "sft.dist.destroy_process_group()\n"
+    )
+    write_task(tmp_path)
+    arguments = [
+        f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/run", "engine=lmdeploy", "groups=6",
+        "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "lr=1e-3", "threshold=0.4", "steps=3",
+    ]  # fmt: skip
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
+    done = subprocess.run(run + arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("starting it again") == 1
+    assert [m["gap_max"] < 1e-4 for m in metrics_of(tmp_path / "run")] == [True] * 3
+    assert (tmp_path / "run" / "engine-rank1.log").exists()
+
+
+def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = model.tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "ar")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    network = Qwen2ForCausalLM(config)
+    network.save_pretrained(tmp_path / "ar")
+    write_task(tmp_path)
+    arguments = [f"model={tmp_path}/ar", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/eval", "limit=12"]
+    evaluate.main([*arguments, "engine=lmdeploy", "max_tokens=20"])
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())["autoregressive"]
+    assert summary["tpf"] == 1.0
+    assert summary["questions"] == 12
+    assert "autoregressive" in capsys.readouterr().out
+
+    engine = start(tmp_path / "ar", tmp_path / "log", 0, stop_ids(tokenizer))
+    prompts = prompts_of([3, 20, 11])
+    rollouts = engine.generate(prompts, range(3), Decoding(top_k=1, max_tokens=20))
+    engine.close()
+    for prompt, rollout in zip(prompts, rollouts, strict=True):
+        out = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+        assert rollout.response_ids == out[0, len(prompt) :].tolist()
+    with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
+        evaluate.main([*arguments, "engine=torch"])
+
+
+def test_engines_that_cannot_run_are_refused_by_name(folder, tmp_path, monkeypatch):
+    write_task(tmp_path)
+    common = [f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/eval"]
+    with pytest.raises(InputError, match="config key tensor_parallel: 2, only 1 works"):
+        evaluate.main([*common, "tensor_parallel=2"])
+    monkeypatch.setattr(LMDeployEngine, "setup", "")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="config key engine: lmdeploy needs CUDA"):
+            evaluate.main([*common, "engine=lmdeploy"])
