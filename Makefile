@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
-test: $(VENV)/ready
+test: $(VENV)/ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
@@ -17,6 +17,11 @@ $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+# LMDeploy's own scheduler, sampling and weight loader run in the tests, on any machine.
+$(VENV)/ready-for-tests: $(VENV)/ready requirements-lmdeploy.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-lmdeploy.txt
 	touch $@
 
 clean:

@@ -321,11 +321,14 @@ class Server:
                 yield name, self.bucket[offset : offset + size].view(kind).view(shape)
 
         model = self.agent.patched_model.get_model()
-        with self.agent.all_context():  # parameters keep their place, so captured graphs stay valid
+        places = [p.data_ptr() for p in model.parameters()]
+        with self.agent.all_context():
             model.load_weights(views())
             if last:
                 process_weights_after_loading(model)
         torch.cuda.synchronize()
+        if places != [p.data_ptr() for p in model.parameters()]:  # a mixture of experts is laid out anew
+            self.agent.reset_graph_runner()  # captured graphs read the old places
         if last:
             self.bucket = torch.empty(0, dtype=torch.uint8)
 

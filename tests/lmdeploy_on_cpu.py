@@ -1,9 +1,9 @@
-"""Run the real LMDeploy engine on a CPU, for tests: `torch.cuda` stood in for, two operators in torch.
+"""Run the real LMDeploy engine on a CPU, for tests: `torch.cuda` stood in for, three operators in torch.
 
 Scheduler, sampling, unmasking, weight loader, sleep and wake-up are LMDeploy's own. Stood in for are
-the CUDA runtime (streams, events, memory figures), the paged attention and the random numbers of
-the multinomial kernel; everything else that CUDA has a kernel for falls back to LMDeploy's default
-implementation in torch. float32, which LMDeploy refuses, is let through.
+the CUDA runtime (streams, events, memory figures), the paged attention, the mixture of experts and
+the random numbers of the multinomial kernel; everything else that CUDA has a kernel for falls back to
+LMDeploy's default implementation in torch. float32, which LMDeploy refuses, is let through.
 
     LMDeployEngine.setup = "lmdeploy_on_cpu:install"    # with tests/ on PYTHONPATH
 """
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 import types
 
 import torch
@@ -72,7 +73,15 @@ def fake_cuda() -> None:
     cuda.memory_allocated = cuda.max_memory_allocated = cuda.memory_reserved = lambda *_: 0
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch._C._cuda_clearCublasWorkspaces = lambda: None
-    CudaIsCpu().__enter__()  # for the rest of the process
+    torch._dynamo.config.disable = True  # it would compile for CUDA
+    CudaIsCpu().__enter__()  # for the rest of the process, and below in the threads that it starts
+    run = threading.Thread.run
+
+    def run_on_cpu(self):
+        with CudaIsCpu():
+            run(self)
+
+    threading.Thread.run = run_on_cpu
 
 
 class PagedAttention:
@@ -103,11 +112,33 @@ class PagedAttention:
         return out
 
 
+class Experts:
+    """Every expert on the tokens that were routed to it, one after the other."""
+
+    def __init__(self, spec):
+        self.renormalize = spec.renormalize
+
+    def update_weights(self, gate_up, down):
+        return gate_up, down
+
+    def forward(self, hidden, weights, experts, gate_up, down, *_, **__):
+        if self.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(hidden)
+        for expert in range(len(down)):
+            token, choice = (experts == expert).nonzero(as_tuple=True)
+            gate, up = (hidden[token] @ gate_up[expert].T).chunk(2, dim=-1)
+            answer = (torch.nn.functional.silu(gate) * up) @ down[expert].T
+            out.index_add_(0, token, answer * weights[token, choice, None].to(out.dtype))
+        return out
+
+
 def use_torch_operators() -> None:
     from lmdeploy.pytorch.backends.attention import PagedAttentionBuildSpec
     from lmdeploy.pytorch.backends.cuda.op_backend import CudaOpsBackend
     from lmdeploy.pytorch.backends.default.op_backend import DefaultOpsBackend
     from lmdeploy.pytorch.backends.graph_runner import GraphRunner
+    from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec
     from lmdeploy.pytorch.backends.multinomial_sampling import (
         MultinomialSamplingBuildSpec,
         MultinomialSamplingImpl,
@@ -126,6 +157,8 @@ def use_torch_operators() -> None:
     def build_op(cls, spec, **kwargs):
         if isinstance(spec, PagedAttentionBuildSpec):
             return PagedAttention(spec)
+        if isinstance(spec, FusedMoEBuildSpec):
+            return Experts(spec)
         if isinstance(spec, MultinomialSamplingBuildSpec):
             return Multinomial()
         return DefaultOpsBackend.build_op.__func__(DefaultOpsBackend, spec, **kwargs)
