@@ -257,13 +257,13 @@ def make_engine(
     if name == "auto":
         name = "torch" if lmdeploy_problem() else "lmdeploy"
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(f"engine: {name}")
+        tqdm.write(f"engine: {name}", file=sys.stderr)
     if name == "lmdeploy":
         diffusion = is_block_diffusion(folder)
         b = choose_block_size(block_size, AutoConfig.from_pretrained(folder)) if diffusion else 0
         dtype = "bfloat16" if cuda else config.dtype
         return LMDeployEngine(
-            str(folder), b, tokenizer.mask_token_id, stop_ids(tokenizer),
+            checkpoint, b, tokenizer.mask_token_id, stop_ids(tokenizer),
             config.max_batch, dtype, config.cache_gib, log,
         )  # fmt: skip
     model = load(checkpoint, getattr(torch, config.dtype), "cuda" if cuda else "cpu")

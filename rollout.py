@@ -48,6 +48,7 @@ from masking import InputError
 from model import (
     BlockCache,
     Sampling,
+    find_folder,
     load,
     load_tokenizer,
     published_tensors,
@@ -512,7 +513,7 @@ class LMDeployEngine:
         """Start the subprocess and wait until it is ready.
 
         Args:
-            checkpoint: folder in the Hugging Face layout.
+            checkpoint: folder in the Hugging Face layout, or a hub id.
             block_size: 0 for an autoregressive model.
             cache_gib: key/value cache; 0: 40 % of what is free on the GPU now.
             log: what the subprocess prints goes to the end of this file.
@@ -524,14 +525,14 @@ class LMDeployEngine:
         problem = lmdeploy_problem()
         if problem and not self.setup:
             raise InputError(f"config key engine: {problem}")
-        self.checkpoint, self.block_size = Path(checkpoint), block_size or 1
+        self.checkpoint, self.block_size = find_folder(checkpoint), block_size or 1
         self.mask_id, self.stop_ids, self.dtype = mask_id, stop_ids, dtype
         self.log = Path(log)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
         page = 64  # tokens of a cache block, LMDeploy's default
         self._settings = {
-            "checkpoint": str(checkpoint),
+            "checkpoint": str(self.checkpoint),
             "block_size": block_size,
             "mask_id": mask_id,
             "setup": self.setup,

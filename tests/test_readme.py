@@ -64,3 +64,17 @@ def test_no_row_names_a_field_that_is_gone(rows) -> None:
     known = {f.name for c in CONFIGS for f in dataclasses.fields(c)}
     tables = {name for name, defaults in rows.items() if any(defaults)}
     assert tables <= known, f"README.md documents {sorted(tables - known)}, which no config has"
+
+
+@pytest.mark.parametrize("engine", ["LMDeployEngine", "TorchEngine"])
+def test_the_inference_examples_run(engine, tiny_folder, tmp_path, monkeypatch, capsys):
+    if engine == "LMDeployEngine":
+        pytest.importorskip("lmdeploy")
+        monkeypatch.setattr("rollout.LMDeployEngine.setup", "lmdeploy_on_cpu:install")
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = [b for b in blocks if engine in b]
+    assert len(code.strip().splitlines()) <= 11
+    exec(code.replace("JetLM/SDAR-8B-Chat", str(tiny_folder)), {})
+    assert capsys.readouterr().out.strip()
