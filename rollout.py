@@ -710,6 +710,8 @@ class LMDeployEngine:
         tied = self.config.get("tie_word_embeddings")
         bucket = _Bucket(self)
         try:
+            if self._process is None:
+                self._start()
             if "weights" in self._asleep:
                 self._ask("wake", ["weights"])
                 self._asleep.remove("weights")

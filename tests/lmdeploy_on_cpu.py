@@ -206,6 +206,20 @@ def without_stop_fix() -> None:
     without("fix_stop_words")
 
 
+def without_float32_confidence() -> None:
+    install()
+    from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
+
+    child, upstream = sys.modules["__main__"], UnmaskingProcessor._get_scores
+    record_steps = child.record_steps
+
+    def record_steps_only():
+        record_steps()
+        UnmaskingProcessor._get_scores = upstream
+
+    child.record_steps = record_steps_only
+
+
 def other_version() -> None:
     install()
     import lmdeploy

@@ -47,9 +47,9 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(folder, log, block_size=4, stops=STOPS, **changes) -> LMDeployEngine:
+def start(folder, log, block_size=4, stops=STOPS, dtype="float32", **changes) -> LMDeployEngine:
     mask_id = model.load_tokenizer(str(folder)).mask_token_id
-    return LMDeployEngine(str(folder), block_size, mask_id, stops, 48, "float32", log=log, **changes)
+    return LMDeployEngine(str(folder), block_size, mask_id, stops, 48, dtype, log=log, **changes)
 
 
 def embedded(folder, block_size=4, stops=STOPS) -> TorchEngine:
@@ -138,6 +138,21 @@ def test_hold_bounds_follow_from_what_was_revealed(both):
                 below += 1
                 assert [bound] == pytest.approx(confidences), "alone, the most confident"
     assert below > 50
+
+
+@pytest.mark.parametrize("setup", ["install", "without_float32_confidence"])
+def test_the_threshold_is_exact_in_bfloat16(folder, tmp_path, monkeypatch, setup):
+    monkeypatch.setattr(LMDeployEngine, "setup", f"lmdeploy_on_cpu:{setup}")
+    engine = start(folder, tmp_path / "log", dtype="bfloat16", stops=[])
+    how = Decoding(max_tokens=60, threshold=131.49 / 256)  # bfloat16 rounds it, and all from 130.5, to 131
+    rollouts = engine.generate(prompts_of([12] * 90), range(90), how)
+    engine.close()
+    wrong = 0
+    for r in rollouts:
+        for step in set(r.steps):
+            confidences = [torch.tensor(r.logprobs[i]).exp() for i, s in enumerate(r.steps) if s == step]
+            wrong += len(confidences) > 1 and min(confidences) < how.threshold - 1e-6
+    assert (wrong == 0) == (setup == "install")
 
 
 def test_more_requests_than_fit_at_once(folder, tmp_path):
@@ -524,12 +539,18 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
     assert "autoregressive" in capsys.readouterr().out
 
     engine = start(tmp_path / "ar", tmp_path / "log", 0, stop_ids(tokenizer))
-    prompts = prompts_of([3, 20, 11])
-    rollouts = engine.generate(prompts, range(3), Decoding(top_k=1, max_tokens=20))
-    engine.close()
-    for prompt, rollout in zip(prompts, rollouts, strict=True):
+    prompts, how = prompts_of([3, 20, 11]), Decoding(top_k=1, max_tokens=20)
+    for prompt, rollout in zip(prompts, engine.generate(prompts, range(3), how), strict=True):
         out = network.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
         assert rollout.response_ids == out[0, len(prompt) :].tolist()
+        assert rollout.finish_reason == "length"
+        engine.stop_ids = [rollout.response_ids[7]]
+        (ended,) = engine.generate([prompt], [0], how)
+        first = rollout.response_ids.index(rollout.response_ids[7])
+        assert ended.visible_ids == rollout.response_ids[: first + 1], "the stop token is shown"
+        assert ended.finish_reason == "stop"
+        assert ended.tokens_per_forward == 1.0
+    engine.close()
     with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
         evaluate.main([*arguments, "engine=torch"])
 
