@@ -548,7 +548,7 @@ class LMDeployEngine:
         }
         self._shapes = _tensor_shapes(self.checkpoint)
         if not self._shapes:
-            raise InputError(f"{checkpoint}: no weights, expected *.safetensors")
+            raise InputError(f"{checkpoint}: no weights, expected model*.safetensors")
         self._memory = os.memfd_create("weights")  # shared memory without a name: nothing to leave behind
         self._process: subprocess.Popen | None = None
         self._deaths = 0  # in a row
@@ -664,6 +664,7 @@ class LMDeployEngine:
                     self._start()
                 if self._lost:
                     return answers
+                self.wake()
                 requests = [(i, prompts[i], seeds[i] % 2**63) for i in todo]
                 self._send(("generate", (requests, how, self.stop_ids)))
                 for i, rollout in self._rollouts(prompts, seeds):
@@ -706,8 +707,9 @@ class LMDeployEngine:
             ValueError: a tensor is missing, unknown or of another shape than in the checkpoint.
         """
         self._own_weights = self._lost = True
-        expected = dict(self._shapes)
-        tied = self.config.get("tie_word_embeddings")
+        expected, tied = dict(self._shapes), self.config.get("tie_word_embeddings")
+        if tied:  # some checkpoints hold the tied tensor twice
+            expected.pop("lm_head.weight", None)
         bucket = _Bucket(self)
         try:
             if self._process is None:
@@ -829,10 +831,9 @@ class _Bucket:
 def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint's files, without reading the tensors."""
     shapes = {}
-    for file in folder.glob("*.safetensors"):
-        if file.name != "optimizer.safetensors":
-            with safe_open(file, "pt") as tensors:
-                shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
     return shapes
 
 
