@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +51,12 @@ from transformers.conversion_mapping import (
 from masking import HOLD, InputError, Packed, block_mask, dense_mask, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
-LOGITS_PER_CHUNK = 2**25  # logits held at once while scoring: 128 MiB in float32
+FLOOR = math.exp(LOG_FLOOR)
+LOGITS_KEPT = 2**24  # logits that plain autograd may hold at once: about 0.4 GiB with its copies
+LOGITS_PER_CHUNK = 2**27  # logits that ScoreRows holds at once: 1.25 GiB at 10 bytes each
 
 
 @dataclass
@@ -70,17 +73,17 @@ class Scores:
     """What `score` returns for M rows."""
 
     logprobs: torch.Tensor  # [M] log-probability of the action: reveal this token, or hold
-    entropy: torch.Tensor  # [M] of the distribution sampled from, in nats
+    entropy: torch.Tensor  # [M] of the distribution sampled from, in nats; a metric, without gradient
 
 
 def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, log g), each [..., V] in float32, from logits [..., V].
+    """(log p, log g), each [..., V] in float32 or the logits' float64, from logits [..., V].
 
     p is the softmax over the whole vocabulary after temperature: confidences come from it.
     g is p after top-k, then top-p, renormalised: tokens are drawn from it. Same order and the same
     comparisons as LMDeploy 0.18.0 (pytorch/engine/logits_process.py).
     """
-    log_p = F.log_softmax(logits.float() / how.temperature, dim=-1)
+    log_p = F.log_softmax(_tempered(logits, how.temperature), dim=-1)
     if how.top_k == 0 and how.top_p == 1.0:
         return log_p, log_p
     ranked, order = log_p.detach().sort(dim=-1, descending=True, stable=True)
@@ -95,23 +98,126 @@ def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor
     return log_p, F.log_softmax(log_p.masked_fill(dropped, -torch.inf), dim=-1)
 
 
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits / temperature, in float32 at least; no copy that is not needed (they are the largest thing)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
+
+
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> Scores:
     """Log-probability of each action and entropy, from logits [M, V].
 
     A reveal of v has log g(v). A hold (target HOLD) has log of the mass of those draws that the rule
-    would have held, sum of g(v) over v with p(v) < bound, as a log-sum-exp. Source: design, section 4.
+    would have held, sum of g(v) over v with p(v) < bound. Source: design, section 4. A policy that
+    moved may leave no draw to hold: the floor then, without gradient.
     """
     log_p, log_g = sampling_logprobs(logits, how)
-    reveal = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    logprobs = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    g = log_g.exp()
     held = targets == HOLD
     if held.any():
-        below = (log_p[held].exp() < bounds[held, None]) & log_g[held].isfinite()
-        possible = below.any(-1)  # a policy that moved may leave no draw to hold: the floor then
-        mass = log_g[held].masked_fill(~(below | ~possible[:, None]), -torch.inf).logsumexp(-1)
-        mass = torch.where(possible, mass, LOG_FLOOR)
-        reveal = reveal.index_put((held.nonzero()[:, 0],), mass)
-    entropy = -(log_g.exp() * log_g.clamp(min=LOG_FLOOR)).sum(-1)
-    return Scores(reveal.clamp(min=LOG_FLOOR), entropy)
+        p = g if log_p is log_g else log_p.exp()
+        mass = torch.where(p < bounds[:, None], g, 0).sum(-1)
+        logprobs = torch.where(held, mass.clamp(min=FLOOR).log(), logprobs)
+    entropy = torch.special.entr(g.detach()).sum(-1)
+    return Scores(logprobs.clamp(min=LOG_FLOOR), entropy)
+
+
+class ScoreRows(torch.autograd.Function):
+    """score_logits(hidden @ weight.T) without top-k and top-p, in chunks of rows, gradient written out.
+
+    Autograd would keep several copies [rows, V] in float32 for the backward pass, and hold two
+    gradients [V, hidden] of the weight. Here only [M] vectors are kept; backward computes the logits
+    of a chunk again. With p = softmax(logits / T), h the mass of the held draws, l the log-probability:
+
+        reveal v   d l / d logits = (onehot(v) - p) / T
+        hold       d l / d logits = (p [p < bound] / h - p) / T
+
+    Chunks are of one size, so that both passes run the same kernels and p < bound falls the same way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, bounds, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M]."""
+        chunks = -(-len(hidden) * len(weight) // LOGITS_PER_CHUNK)
+        ctx.rows, ctx.temperature = -(-len(hidden) // chunks), temperature
+        held = targets == HOLD
+        bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held
+        score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
+        scored = []
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature))
+        logprobs, entropy, lse = (torch.cat(t) for t in zip(*scored, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, lse)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        """slope [M] is d loss / d logprobs."""
+        hidden, weight, targets, bounds, logprobs, lse = ctx.saved_tensors
+        slope = torch.where(logprobs > LOG_FLOOR, slope / ctx.temperature, 0)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            gradient = differentiate(
+                hidden[at] @ weight.T, hold, logprobs[at], lse[at], slope[at], ctx.temperature
+            )  # [rows, V]
+            held, target = targets[at, None] == HOLD, targets[at, None].clamp(min=0)
+            of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
+            gradient.scatter_(1, target, torch.where(held, gradient.gather(1, target), of_revealed))
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[at])
+            if weight_grad is not None:
+                weight_grad.addmm_(gradient.T, hidden[at])
+            del gradient  # before the logits of the next chunk are there
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """On CUDA: one kernel instead of ten passes over the logits. Sizes that change become symbolic."""
+    return torch.compile(function)
+
+
+def _score_chunk(logits, targets, bounds, temperature: float) -> tuple[torch.Tensor, ...]:
+    """(log-probability, entropy, log-sum-exp), each [rows], from logits [rows, V]. bounds None: no holds.
+
+    Names are used again and work is done in place: two copies in float32 are the most that is alive.
+    """
+    logits = _tempered(logits, temperature)
+    lse = logits.logsumexp(-1)
+    log_p = logits.sub_(lse[:, None])
+    logprobs = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    p = log_p.exp()
+    entropy = -log_p.mul_(p).sum(-1)
+    if bounds is not None:
+        mass = p.masked_fill_(p >= bounds[:, None], 0).sum(-1)
+        logprobs = torch.where(targets == HOLD, mass.clamp(min=FLOOR).log(), logprobs)
+    return logprobs.clamp(min=LOG_FLOOR), entropy, lse
+
+
+def _score_chunk_gradient(logits, bounds, logprobs, lse, slope, temperature: float) -> torch.Tensor:
+    """slope * d logprobs / d logits but for the revealed tokens, [rows, V] in the logits' dtype.
+
+    slope [rows] has 1 / T in it. Element by element, so that it compiles to one kernel.
+    """
+    dtype = logits.dtype
+    logits = _tempered(logits, temperature)
+    p = logits.sub_(lse[:, None]).exp_()
+    if bounds is None:
+        return p.mul_(-slope[:, None]).to(dtype)
+    of_held_draws = slope * ((-logprobs).exp() - 1)
+    return p.mul_(torch.where(p < bounds[:, None], of_held_draws[:, None], -slope[:, None])).to(dtype)
 
 
 class SDARConfig(Qwen3Config):
@@ -142,15 +248,21 @@ class BlockDiffusion:
             use_cache=False,
             visible=row,
         ).last_hidden_state[0]  # [N, hidden]
+        return self.score_hidden(hidden.index_select(0, packed.rows), packed.targets, packed.bounds, how)
+
+    def score_hidden(self, hidden, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> Scores:
+        """Scores of M rows from their final hidden states [M, hidden], in whichever way is the leanest."""
+        logits = len(hidden) * self.config.vocab_size
+        if logits <= LOGITS_KEPT:
+            return score_logits(self.lm_head(hidden), targets, bounds, how)
+        if how.top_k == 0 and how.top_p == 1.0 and type(self.lm_head) is torch.nn.Linear:
+            return Scores(*ScoreRows.apply(hidden, self.lm_head.weight, targets, bounds, how.temperature))
 
         def score_chunk(hidden, targets, bounds) -> tuple[torch.Tensor, torch.Tensor]:
             scores = score_logits(self.lm_head(hidden), targets, bounds, how)
             return scores.logprobs, scores.entropy
 
-        chunk = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        parts = [t.split(chunk) for t in (hidden[packed.rows], packed.targets, packed.bounds)]
-        if len(parts[0]) == 1:
-            return Scores(*score_chunk(*(t[0] for t in parts)))
+        parts = [t.tensor_split(-(-logits // LOGITS_KEPT)) for t in (hidden, targets, bounds)]
         scored = [checkpoint(score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
         return Scores(*(torch.cat(t) for t in zip(*scored, strict=True)))
 

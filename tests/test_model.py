@@ -8,6 +8,7 @@ import random
 import layout
 import numpy as np
 import pytest
+import scoring
 import torch
 import torch.nn.functional as F
 from conftest import TINY, WORDS, random_rollout
@@ -118,7 +119,7 @@ def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
     dense, joint = (network.score(row, Sampling(), a) for a in ("dense", "joint"))
     assert (dense.logprobs - joint.logprobs).abs().max() < 1e-5
     assert (dense.entropy - joint.entropy).abs().max() < 1e-5
-    loss = [(s.logprobs * weights).sum() + s.entropy.sum() for s in (dense, joint)]
+    loss = [(s.logprobs * weights).sum() for s in (dense, joint)]
     assert relative(*(gradient(network, one) for one in loss)) < 1e-5
 
 
@@ -309,34 +310,122 @@ def test_impossible_actions_get_the_floor_and_finite_gradients(how):
     scores = score_logits(logits, targets, bounds, how)
     assert scores.logprobs[:3].tolist() == pytest.approx([sdar.LOG_FLOOR] * 3)
     assert scores.logprobs[3].item() == pytest.approx(0.0), "any draw was held"
-    (scores.logprobs.sum() + scores.entropy.sum()).backward()
+    scores.logprobs.sum().backward()
     assert logits.grad.isfinite().all()
+    assert not scores.entropy.requires_grad, "a metric"
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0.8, top_k=20, top_p=0.9)])
-def test_chunked_scoring_changes_nothing_and_holds_few_logits(tiny_model, monkeypatch, how):
+def few_logits_at_once(monkeypatch, vocabulary: int, rows: int) -> None:
+    """Chunks of at most `rows` rows, on whichever path."""
+    monkeypatch.setattr(sdar, "LOGITS_KEPT", rows * vocabulary)
+    monkeypatch.setattr(sdar, "LOGITS_PER_CHUNK", rows * vocabulary)
+
+
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(0.8), Sampling(0.8, top_k=20, top_p=0.9)], ids=["", "tempered", "top"]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_scoring_changes_nothing(tmp_path, monkeypatch, how, tied):
+    network = sdar.load(str(sdar.tiny(tmp_path, **TINY | {"tie_word_embeddings": tied})))
     rng = random.Random(4)
     views = [replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(4)]
     row = one_row(views, 4)
-    assert (row.targets == HOLD).any()
-    rows_at_once = []
-    tiny_model.lm_head.register_forward_hook(lambda m, i, out: rows_at_once.append(len(out)))
+    assert (row.targets == HOLD).any() and len(row.rows) > 11
     weights = torch.linspace(-1, 1, len(row.rows))
-
-    def run():
-        scores = tiny_model.score(row, how)
-        grads = gradient(tiny_model, (scores.logprobs * weights).sum() + scores.entropy.sum())
-        return scores, grads
-
-    whole, whole_gradient = run()
-    assert rows_at_once == [len(row.rows)]
-    rows_at_once.clear()
-    monkeypatch.setattr(sdar, "LOGITS_PER_CHUNK", 5 * tiny_model.config.vocab_size)
-    chunked, chunked_gradient = run()
-    assert max(rows_at_once) == 5 and sum(rows_at_once) == 2 * len(row.rows), "again backward"
+    whole = network.score(row, how)
+    whole_gradient = gradient(network, (whole.logprobs * weights).sum())
+    few_logits_at_once(monkeypatch, network.config.vocab_size, rows=5)
+    chunked = network.score(row, how)
     assert (whole.logprobs - chunked.logprobs).abs().max() < 1e-5
     assert (whole.entropy - chunked.entropy).abs().max() < 1e-5
-    assert relative(chunked_gradient, whole_gradient) < 1e-5
+    assert relative(gradient(network, (chunked.logprobs * weights).sum()), whole_gradient) < 1e-5
+
+
+def test_top_k_is_scored_in_chunks_too(tiny_model, monkeypatch):
+    row = one_row([replay(random_rollout(random.Random(4), 4), 4, 1.0) for _ in range(4)], 4)
+    rows_at_once = []
+    tiny_model.lm_head.register_forward_hook(lambda m, i, out: rows_at_once.append(len(out)))
+    few_logits_at_once(monkeypatch, tiny_model.config.vocab_size, rows=5)
+    tiny_model.score(row, Sampling(top_k=3)).logprobs.sum().backward()
+    assert max(rows_at_once) <= 5 and sum(rows_at_once) == 2 * len(row.rows), "again backward"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, rows):
+    """Against autograd through score_logits, and against finite differences; 11 rows in chunks."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(11, 6, generator=generator, dtype=torch.double)
+    head = 2 * torch.randn(19, 6, generator=generator, dtype=torch.double)
+    targets = torch.randint(0, 19, (11,), generator=generator)
+    bounds = torch.rand(11, generator=generator) / 2
+    if holds:
+        targets[::2] = HOLD
+        bounds[2], bounds[4] = 0, math.inf  # nothing could be held; any draw would have been
+    few_logits_at_once(monkeypatch, 19, rows)
+    inputs = (hidden.requires_grad_(True), head.requires_grad_(True))
+
+    def mine(hidden, head):
+        return sdar.ScoreRows.apply(hidden, head, targets, bounds, temperature)
+
+    scores = score_logits(hidden @ head.T, targets, bounds, Sampling(temperature))
+    logprobs, entropy = mine(*inputs)
+    assert torch.allclose(logprobs, scores.logprobs, atol=1e-12)
+    assert torch.allclose(entropy, scores.entropy, atol=1e-12) and not entropy.requires_grad
+    weights = torch.randn(11, generator=generator, dtype=torch.double)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (logprobs, scores.logprobs))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+    assert torch.autograd.gradcheck(lambda *x: mine(*x)[0], inputs)
+
+
+def test_a_frozen_head_gets_no_gradient(monkeypatch):
+    few_logits_at_once(monkeypatch, 30, rows=5)
+    hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8)
+    logprobs, _ = sdar.ScoreRows.apply(hidden, head, torch.arange(20), torch.zeros(20), 1.0)
+    logprobs.sum().backward()
+    assert hidden.grad.abs().sum() > 0 and head.grad is None
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 64), (torch.float32, 256)])
+def test_memory_of_scoring_is_one_chunk(monkeypatch, dtype, hidden, holds):
+    """At most 10 bytes per logit of a chunk, next to gradients of head and hidden states held once.
+
+    At 2**27 logits per chunk that is 1.25 GiB, whatever the number of rows.
+    """
+    vocabulary, chunk = 4096, 100
+    few_logits_at_once(monkeypatch, vocabulary, rows=chunk)
+    problem = scoring.Problem(1000, vocabulary, hidden, dtype, "cpu")
+    results = problem.hidden.nbytes + problem.head.nbytes
+    targets = problem.some_held if holds else problem.targets
+    peak = scoring.peak_bytes(lambda: problem.gradients(lambda: problem.model(targets)), "cpu")
+    assert results < peak < results + 10 * chunk * vocabulary
+    plain = scoring.peak_bytes(lambda: problem.gradients(lambda: problem.plain(targets)), "cpu")
+    assert plain > 4 * peak, "all logits at once would break the bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("holds", [False, True])
+def test_compiled_scoring_equals_eager(dtype, holds):
+    """What CUDA runs, compiled for the CPU; the second size of a chunk must not be a special case."""
+    for rows in (40, 24):
+        problem = scoring.Problem(rows, 1000, 16, dtype, "cpu")
+        logits = (problem.hidden @ problem.head.T).detach()
+        bounds = torch.where(problem.some_held == HOLD, problem.bounds, 0) if holds else None
+        targets = problem.some_held if holds else problem.targets
+        eager, compiled = (
+            f(logits.clone(), targets, bounds, 1.0)
+            for f in (sdar._score_chunk, sdar._compiled(sdar._score_chunk))
+        )
+        for a, b in zip(eager, compiled, strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+        parts = (bounds, eager[0], eager[2], problem.weights, 1.0)
+        eager, compiled = (
+            f(logits.clone(), *parts)
+            for f in (sdar._score_chunk_gradient, sdar._compiled(sdar._score_chunk_gradient))
+        )
+        assert torch.allclose(eager, compiled, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_score_is_score_logits_of_the_rows(tiny_model):
