@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import sys
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -48,7 +50,18 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from masking import HOLD, InputError, Packed, block_mask, dense_mask, visible
+from masking import (
+    HOLD,
+    TILE,
+    InputError,
+    Packed,
+    block_mask,
+    dense_mask,
+    noise,
+    pack,
+    padded,
+    visible,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -185,7 +198,7 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    """On CUDA: one kernel instead of ten passes over the logits. Sizes that change become symbolic."""
+    """`function` compiled, once per process. Sizes that change from call to call become symbolic."""
     return torch.compile(function)
 
 
@@ -241,6 +254,7 @@ class BlockDiffusion:
         Logits are never held for all rows: chunks of rows go through the LM head one by one, and are
         computed again in the backward pass.
         """
+        packed = padded(packed) if packed.ids.is_cuda else packed  # whole tiles, and fewer different lengths
         row = attention_over(packed, attention)
         hidden = self.model(
             input_ids=packed.ids[None],
@@ -331,25 +345,68 @@ class DenseRow:
         return out.transpose(1, 2)
 
 
-@functools.cache
-def _compiled_flex():
+# Tile sizes, warps and stages are left to torch: for bfloat16 and head dimension 128 on Hopper it takes
+# 128 x 64 with 8 warps and 3 stages forward, 64 x 128 and 128 x 64 backward (torch 2.13, in
+# _inductor/template_heuristics/triton.py). ROWS_GUARANTEED_SAFE must stay off: every row sees itself,
+# but not in the first tile that is processed for it, and would become nan there.
+KERNEL_OPTIONS: dict = {}
+
+
+def _flex(query, key, value, mask, scaling: float, options: dict) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    if query.shape[2] % TILE == 0:  # asked so that the compiler knows: whole tiles need no border checks
+        pass
+    return flex_attention(
+        query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
+    )
+
+
+@functools.cache
+def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dict:
+    """KERNEL_OPTIONS on CUDA, with BACKEND="FLASH" where flash-attn's CuTe kernels are installed and right.
+
+    They are experimental, so they are tried first: a small row, forward and backward, against SDPA.
+    """
+    if dtype == torch.float32 or not importlib.util.find_spec("flash_attn"):
+        return KERNEL_OPTIONS
+    flash = KERNEL_OPTIONS | {"BACKEND": "FLASH"}
+    rng = np.random.default_rng(0)
+    views = [noise(rng.integers(0, 9, n).tolist(), 8, 4, rng, views=2) for n in (36, 128)]
+    packed = padded(pack(views, 4, 0, 10**9)[0].to("cuda"))
+    shapes = [(1, h, len(packed), dim) for h in (heads, kv_heads, kv_heads)]
+    try:
+        results = []
+        inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+        with torch.enable_grad():
+            for row in (FlexRow(packed, flash), DenseRow(packed)):
+                out = row.attend(0, *inputs, dim**-0.5)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+        if error < 0.02:
+            return flash
+        reason = f"off by {error:.1%}"
+    except Exception as caught:  # an experimental backend raises whatever it likes
+        reason = f"{type(caught).__name__}: {_first(caught)}"
+    print(f"FlexAttention without flash-attn's kernels ({reason})", file=sys.stderr)
+    return KERNEL_OPTIONS
 
 
 class FlexRow:
-    """FlexAttention over tiles; compiled on CUDA. (On CPU it has no backward pass in torch 2.13.)"""
+    """FlexAttention over tiles; compiled on CUDA. (On CPU it has no backward pass in torch 2.13.)
 
-    def __init__(self, packed: Packed):
-        self.mask = block_mask(packed)
+    Compiled twice: for the first length, then for all lengths (torch's automatic dynamic shapes).
+    """
+
+    def __init__(self, packed: Packed, options: dict | None = None):
+        self.mask, self.options = block_mask(packed), options
 
     def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        flex = _compiled_flex() if q.is_cuda else flex_attention
-        out = flex(q, k, v, block_mask=self.mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
+        if not q.is_cuda:
+            return _flex(q, k, v, self.mask, scaling, {}).transpose(1, 2)
+        if self.options is None:
+            self.options = flex_options(q.dtype, q.shape[1], k.shape[1], q.shape[3])
+        return _compiled(_flex)(q, k, v, self.mask, scaling, self.options).transpose(1, 2)
 
 
 class JointRow:

@@ -47,7 +47,7 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
         normal = {"generator": generator, "device": device}
         self.hidden = torch.randn(rows, hidden, **normal).to(dtype).requires_grad_(True)
-        self.head = (torch.randn(vocab, hidden, **normal) * 3 / hidden**0.5).to(dtype).requires_grad_(True)
+        self.head = (torch.randn(vocab, hidden, **normal) / hidden**0.5).to(dtype).requires_grad_(True)
         self.targets = torch.randint(0, vocab, (rows,), **normal)
         self.bounds = torch.rand(rows, **normal)
         self.weights = torch.rand(rows, **normal)

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, WORDS, random_rollout
 from safetensors.torch import load_file, save_file
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as sdar
-from masking import HOLD, InputError, Packed, noise, pack, replay
+from masking import HOLD, TILE, InputError, Packed, noise, pack, padded, replay
 from model import Sampling, score_logits
 
 MASK = 259  # <|MASK|> in the tiny tokenizer
@@ -132,6 +133,42 @@ def test_flex_row_equals_dense_row(tiny_model):
     row = one_row([replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(5)], 4)
     flex, dense = (tiny_model.score(row, Sampling(), a) for a in ("flex", "dense"))
     assert (flex.logprobs - dense.logprobs).abs().max() < 1e-5
+
+
+def noised_rows(lengths: list[int]) -> list[Packed]:
+    """A row of three sequences for each length, filled up to whole tiles."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in lengths:
+        sizes = (length, 4 * (length // 8), 36)
+        views = [noise(rng.integers(0, WORDS, n).tolist(), 5, 4, rng, "block") for n in sizes]
+        rows.append(padded(one_row(views, 4)))
+    return rows
+
+
+@torch.no_grad()
+def test_flex_is_compiled_twice_whatever_the_lengths():
+    """Once for the first length, once for every other; and then it is known that tiles are whole."""
+    torch._dynamo.reset()
+    whole = []
+
+    def backend(graph, inputs):
+        lengths = [
+            n.meta["example_value"].shape[2]
+            for n in graph.graph.find_nodes(op="placeholder")
+            if getattr(n.meta["example_value"], "ndim", 0) == 4 and n.meta["example_value"].shape[3] == 16
+        ]
+        whole.append(all(statically_known_true(length % TILE == 0) for length in lengths))  # fmt: skip
+        return graph.forward
+
+    compiled = torch.compile(sdar._flex, backend=backend)
+    rows = noised_rows([200, 600, 1000, 400, 804])
+    assert len({len(row) for row in rows}) == 5
+    for row in rows:
+        q, k, v = (torch.randn(1, heads, len(row), 16) for heads in (4, 2, 2))
+        out = compiled(q, k, v, sdar.FlexRow(row).mask, 0.25, {}).transpose(1, 2)
+        assert (out - sdar.DenseRow(row).attend(0, q, k, v, 0.25)).abs().max() < 1e-5
+    assert whole == [True, True]
 
 
 # -------------------------------------------------- invariant 2: what a row depends on, and not
