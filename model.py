@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -256,6 +256,10 @@ class BlockDiffusion:
         """
         packed = padded(packed) if packed.ids.is_cuda else packed  # whole tiles, and fewer different lengths
         row = attention_over(packed, attention)
+        if isinstance(row, FlexRow) and packed.ids.is_cuda:
+            c = self.config
+            heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+            row.options = flex_options(self.lm_head.weight.dtype, *heads) | row.options
         hidden = self.model(
             input_ids=packed.ids[None],
             position_ids=packed.positions[None],
@@ -289,7 +293,9 @@ class BlockDiffusion:
         step of the same block left there; so a last forward over the finished block leaves it clean.
         """
         seen = CachedBlocks(cache, slots, positions)
-        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, visible=seen)
+        compiled = self.model.layers[0]._compiled_call_impl is not None  # for `score`, see compile_layers
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, visible=seen)
         return out.last_hidden_state
 
     def decode(
@@ -313,7 +319,7 @@ class SDARMoeForCausalLM(BlockDiffusion, Qwen3MoeForCausalLM):
 
 def attend(module, query, key, value, attention_mask, scaling, visible, **_):
     """transformers' attention hook: query [S, H, T, D], key and value [S, KV, T, D] -> [S, T, H, D]."""
-    return visible.attend(module.layer_idx, query, key, value, scaling), None
+    return visible.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register("sdar", attend)
@@ -324,6 +330,61 @@ for _config, _model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeFo
 register_checkpoint_conversion_mapping(
     "sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
+
+
+def compile_layers(model: BlockDiffusion, **options) -> None:
+    """Compile the decoder layers, one for all: norms, rotary and SwiGLU fuse, attention is FlexAttention.
+
+    All layers share one code, so it is compiled for the first length and once more for all lengths; the
+    rest of the model stays as it is. Decoding stays eager: there every cache length would be another
+    case. Call it after `checkpoint_layers` and before FSDP2's `fully_shard`. `options`: of torch.compile.
+    """
+    for layer in model.model.layers:
+        layer.compile(**options)
+
+
+# What "selective" keeps: results of matrix products and attention, nearly all of the arithmetic.
+KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: BlockDiffusion, how: str) -> None:
+    """Trade memory for arithmetic in the backward pass through the decoder layers.
+
+    none: keep everything. selective: keep what KEPT_OPS return, compute norms, rotary and SwiGLU again.
+    full: keep a layer's input only, compute it again: a third more arithmetic. FlexAttention is seen by
+    "selective" where the layers are compiled too; otherwise it is computed again.
+
+    Raises:
+        InputError: another word.
+    """
+    if how not in ("none", "selective", "full"):
+        raise InputError(f"checkpointing: expected none, selective or full, got {how}")
+    if how == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+
+    def wrap(forward: Callable) -> Callable:
+        def checkpointed(*args, **kwargs):  # a function of this file: torch.compile looks into it
+            return checkpoint(forward, *args, **options, **kwargs)
+
+        return checkpointed
+
+    for layer in model.model.layers:
+        layer.forward = wrap(layer.forward)
 
 
 def attention_over(packed: Packed, backend: str = "auto") -> FlexRow | JointRow | DenseRow:
@@ -339,7 +400,7 @@ class DenseRow:
     def __init__(self, packed: Packed):
         self.mask = dense_mask(packed)
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
         return out.transpose(1, 2)
@@ -348,15 +409,14 @@ class DenseRow:
 # Tile sizes, warps and stages are left to torch: for bfloat16 and head dimension 128 on Hopper it takes
 # 128 x 64 with 8 warps and 3 stages forward, 64 x 128 and 128 x 64 backward (torch 2.13, in
 # _inductor/template_heuristics/triton.py). ROWS_GUARANTEED_SAFE must stay off: every row sees itself,
-# but not in the first tile that is processed for it, and would become nan there.
+# but not in the first tile that is processed for it, and would become nan there. IS_DIVISIBLE (rows of
+# whole tiles: no border checks) is set by FlexRow; with symbolic lengths the compiler cannot see it.
 KERNEL_OPTIONS: dict = {}
 
 
 def _flex(query, key, value, mask, scaling: float, options: dict) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if query.shape[2] % TILE == 0:  # asked so that the compiler knows: whole tiles need no border checks
-        pass
     return flex_attention(
         query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
     )
@@ -368,7 +428,8 @@ def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dic
 
     They are experimental, so they are tried first: a small row, forward and backward, against SDPA.
     """
-    if dtype == torch.float32 or not importlib.util.find_spec("flash_attn"):
+    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    if dtype == torch.float32 or not found:
         return KERNEL_OPTIONS
     flash = KERNEL_OPTIONS | {"BACKEND": "FLASH"}
     rng = np.random.default_rng(0)
@@ -380,7 +441,7 @@ def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dic
         inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
         with torch.enable_grad():
             for row in (FlexRow(packed, flash), DenseRow(packed)):
-                out = row.attend(0, *inputs, dim**-0.5)
+                out = row.attend(None, *inputs, dim**-0.5)
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
         error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
         if error < 0.02:
@@ -399,14 +460,14 @@ class FlexRow:
     """
 
     def __init__(self, packed: Packed, options: dict | None = None):
-        self.mask, self.options = block_mask(packed), options
+        self.mask = block_mask(packed)
+        self.options = (options or {}) | {"IS_DIVISIBLE": len(packed) % TILE == 0}
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         if not q.is_cuda:
             return _flex(q, k, v, self.mask, scaling, {}).transpose(1, 2)
-        if self.options is None:
-            self.options = flex_options(q.dtype, q.shape[1], k.shape[1], q.shape[3])
-        return _compiled(_flex)(q, k, v, self.mask, scaling, self.options).transpose(1, 2)
+        flex = _flex if torch.compiler.is_compiling() else _compiled(_flex)
+        return flex(q, k, v, self.mask, scaling, self.options).transpose(1, 2)
 
 
 class JointRow:
@@ -441,7 +502,7 @@ class JointRow:
         t = t.index_select(0, self.gather) if self.padded else t
         return t.view(*self.shape, *t.shape[1:]).transpose(1, 2)
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
         (s, t), b, n = self.shape, self.group, self.num_keys
         q, k, v = self._split(q * scaling), self._split(k), self._split(v)
@@ -484,11 +545,11 @@ class CachedBlocks:
         q_block = self.positions[:, :, None] // self.cache.block_size
         self.mask = visible(0, q_block, 0, 0, kv_block, torch.zeros_like(kv_block))  # [S, T, kv]
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         s, heads, t, dim = q.shape
-        for cached, new in zip(self.cache.keys_values[layer], (k, v), strict=True):
+        for cached, new in zip(self.cache.keys_values[module.layer_idx], (k, v), strict=True):
             cached[self.slots[:, None], self.positions] = new.transpose(1, 2)
-        k, v = self.cache.keys_values[layer][:, self.slots, : self.length].transpose(2, 3)
+        k, v = self.cache.keys_values[module.layer_idx][:, self.slots, : self.length].transpose(2, 3)
         ratio = heads // k.shape[1]  # heads that share a key head become further queries
         mask = self.mask[:, None].repeat(1, 1, ratio, 1)
         q = q.reshape(s, k.shape[1], ratio * t, dim)

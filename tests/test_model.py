@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, WORDS, random_rollout
 from safetensors.torch import load_file, save_file
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as sdar
-from masking import HOLD, TILE, InputError, Packed, noise, pack, padded, replay
+from masking import HOLD, InputError, Packed, noise, pack, padded, replay
 from model import Sampling, score_logits
 
 MASK = 259  # <|MASK|> in the tiny tokenizer
@@ -148,27 +148,17 @@ def noised_rows(lengths: list[int]) -> list[Packed]:
 
 @torch.no_grad()
 def test_flex_is_compiled_twice_whatever_the_lengths():
-    """Once for the first length, once for every other; and then it is known that tiles are whole."""
+    """Once for the first length, once for every other."""
     torch._dynamo.reset()
-    whole = []
-
-    def backend(graph, inputs):
-        lengths = [
-            n.meta["example_value"].shape[2]
-            for n in graph.graph.find_nodes(op="placeholder")
-            if getattr(n.meta["example_value"], "ndim", 0) == 4 and n.meta["example_value"].shape[3] == 16
-        ]
-        whole.append(all(statically_known_true(length % TILE == 0) for length in lengths))  # fmt: skip
-        return graph.forward
-
-    compiled = torch.compile(sdar._flex, backend=backend)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sdar._flex, backend=counter)
     rows = noised_rows([200, 600, 1000, 400, 804])
     assert len({len(row) for row in rows}) == 5
     for row in rows:
         q, k, v = (torch.randn(1, heads, len(row), 16) for heads in (4, 2, 2))
         out = compiled(q, k, v, sdar.FlexRow(row).mask, 0.25, {}).transpose(1, 2)
         assert (out - sdar.DenseRow(row).attend(0, q, k, v, 0.25)).abs().max() < 1e-5
-    assert whole == [True, True]
+    assert counter.frame_count == 2
 
 
 # -------------------------------------------------- invariant 2: what a row depends on, and not
@@ -472,6 +462,68 @@ def test_score_is_score_logits_of_the_rows(tiny_model):
     plain = score_logits(logits_of(tiny_model, row), row.targets, row.bounds, how)
     assert (scores.logprobs - plain.logprobs).abs().max() < 1e-4
     assert scores.logprobs.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ compiled and checkpointed layers
+
+
+def train_on(network, rows: list[Packed]) -> list[torch.Tensor]:
+    """Gradients of a weighted sum of the log-probabilities, row by row."""
+    gradients = []
+    for row in rows:
+        logprobs = network.score(row, Sampling()).logprobs
+        gradients.append(gradient(network, (logprobs * torch.linspace(-1, 1, len(logprobs))).sum()))
+    return gradients
+
+
+@pytest.mark.parametrize("changes", [{}, MOE], ids=["", "moe"])
+def test_checkpointing_trades_memory_and_changes_nothing(tmp_path, changes):
+    """Bytes held after the forward pass: none > selective > full; the gradient is the same."""
+    folder = str(sdar.tiny(tmp_path, **TINY | changes))
+    rows = noised_rows([200])
+    held, gradients = {}, {}
+    for how in ("none", "selective", "full"):
+        network = sdar.load(folder)
+        names = network.state_dict().keys()
+        sdar.checkpoint_layers(network, how)
+        assert network.state_dict().keys() == names
+        gradients[how] = train_on(network, rows)
+        kept = []
+        held[how] = scoring.peak_bytes(
+            lambda n=network, k=kept: k.append(n.score(rows[0], Sampling())), "cpu"
+        )
+    assert all(relative(gradients[how][0], gradients["none"][0]) < 1e-6 for how in gradients)
+    assert held["none"] > 1.3 * held["selective"] > 1.3 * held["full"]
+
+
+def test_another_word_for_checkpointing_is_refused(tiny_model):
+    with pytest.raises(InputError, match="expected none, selective or full, got some"):
+        sdar.checkpoint_layers(tiny_model, "some")
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiled_layers(tiny_folder, how):
+    """All layers share one code, compiled for the first length and for any length; decoding is eager."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, network = sdar.load(str(tiny_folder)), sdar.load(str(tiny_folder))
+    sdar.checkpoint_layers(network, how)
+    sdar.compile_layers(network, backend=counter)
+    rows = noised_rows([60, 100, 84, 200])
+    gradients = train_on(network, rows[:3])
+    assert 1 <= counter.frame_count <= 3
+    compiled = counter.frame_count
+    gradients += train_on(network, rows[3:])
+    ids, slots = torch.arange(12)[None], torch.arange(1)
+    with torch.no_grad():
+        logits = [
+            n.decode(ids, torch.arange(12)[None], sdar.BlockCache(n, 1, 16, 4), slots)
+            for n in (eager, network)
+        ]
+    assert torch.equal(*logits)
+    assert counter.frame_count == compiled, "no recompilation after the third batch, none by decoding"
+    for mine, theirs in zip(gradients, train_on(eager, rows), strict=True):
+        assert relative(mine, theirs) < 1e-5
 
 
 # ----------------------------------------------------------------------------------- load and save
