@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
 FLOOR = math.exp(LOG_FLOOR)
 LOGITS_KEPT = 2**24  # logits that plain autograd may hold at once: about 0.4 GiB with its copies
-LOGITS_PER_CHUNK = 2**27  # logits that ScoreRows holds at once: 1.25 GiB at 10 bytes each
+SCORING_BYTES = 2**30  # that ScoreRows may take for the logits of a chunk of rows and their copies
 
 
 @dataclass
@@ -154,7 +154,9 @@ class ScoreRows(torch.autograd.Function):
         ctx, hidden, weight, targets, bounds, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M]."""
-        chunks = -(-len(hidden) * len(weight) // LOGITS_PER_CHUNK)
+        # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
+        each = 2 * hidden.element_size() if hidden.is_cuda else 10
+        chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
         ctx.rows, ctx.temperature = -(-len(hidden) // chunks), temperature
         held = targets == HOLD
         bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import scoring
 import torch
 from data_rows import write_task
 
 import dipo
 import model as sdar
-import scoring
 import sft
 from masking import block_mask, noise, pack
 from model import Sampling, load, load_tokenizer, stop_ids, tiny
@@ -113,7 +113,7 @@ def test_the_mask_is_built_without_waiting_for_the_gpu(folder):
 @pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("rows", [40, 1000])
 def test_scoring_rows_equals_autograd(monkeypatch, rows, holds):
-    monkeypatch.setattr(sdar, "LOGITS_PER_CHUNK", 300 * 5000)
+    monkeypatch.setattr(sdar, "SCORING_BYTES", 8 * 300 * 5000)
     problem = scoring.Problem(rows, 5000, 64, torch.float32, "cuda")
     targets = problem.some_held if holds else problem.targets
     mine = problem.gradients(lambda: problem.model(targets))

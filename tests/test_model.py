@@ -345,7 +345,7 @@ def test_impossible_actions_get_the_floor_and_finite_gradients(how):
 def few_logits_at_once(monkeypatch, vocabulary: int, rows: int) -> None:
     """Chunks of at most `rows` rows, on whichever path."""
     monkeypatch.setattr(sdar, "LOGITS_KEPT", rows * vocabulary)
-    monkeypatch.setattr(sdar, "LOGITS_PER_CHUNK", rows * vocabulary)
+    monkeypatch.setattr(sdar, "SCORING_BYTES", 10 * rows * vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_a_frozen_head_gets_no_gradient(monkeypatch):
 def test_memory_of_scoring_is_one_chunk(monkeypatch, dtype, hidden, holds):
     """At most 10 bytes per logit of a chunk, next to gradients of head and hidden states held once.
 
-    At 2**27 logits per chunk that is 1.25 GiB, whatever the number of rows.
+    That is SCORING_BYTES, whatever the number of rows.
     """
     vocabulary, chunk = 4096, 100
     few_logits_at_once(monkeypatch, vocabulary, rows=chunk)
