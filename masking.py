@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from rollout import Rollout
 
+TILE = 128  # queries and keys of a FlexAttention tile
 HOLD = -1  # the target of a row whose action was to hold: keep the mask, throw the draw away
 
 
@@ -90,48 +91,57 @@ def dense_mask(packed: Packed) -> torch.Tensor:
     return visible(*(t[:, None] for t in tags), *(t[None, :] for t in tags))
 
 
-def block_mask(packed: Packed, tile: int = 128) -> BlockMask:
+def padded(packed: Packed, multiple: int = TILE) -> Packed:
+    """The same row, filled up to a multiple of `multiple` tokens with a sequence of its own.
+
+    Nobody else sees it and no row of it is scored. Whole tiles need no check of their borders.
+    """
+    spare = -len(packed) % multiple
+    filler = torch.arange(spare, device=packed.ids.device)
+    tail = {
+        "ids": packed.ids[:1].expand(spare),
+        "positions": filler,
+        "sequence": packed.sequence[-1:].expand(spare) + 1,
+        "block": filler // packed.block_size,
+        "view": torch.zeros_like(filler),
+    }
+    return dataclasses.replace(packed, **{k: torch.cat([getattr(packed, k), t]) for k, t in tail.items()})
+
+
+def block_mask(packed: Packed, tile: int = TILE) -> BlockMask:
     """FlexAttention's BlockMask, built per tile of `tile` x `tile` without an N x N tensor.
 
-    Minimum and maximum of (sequence, block, view) over the clean and over the view tokens of each
-    tile decide whether a pair of tiles is empty, full or partial; O(tiles^2) time and memory. A pair
-    that mixes sequences may be called partial although empty: slower, never wrong, because partial
-    tiles evaluate `visible` for each element. Source: FlexAttention (arXiv 2412.05496), section 4.
+    In a row as `Packed` lays it out, what a token sees is two ranges of neighbours: clean tokens from
+    the start of its sequence on, and its own group. Ranges make the rule two comparisons, and say
+    exactly which tiles are empty, full or partial: per tile of queries, how many ranges touch a tile
+    of keys, and how many cover it, are sums over where ranges begin and end. O(N + tiles^2) time and
+    memory, on the row's device, without waiting for it. Source: FlexAttention (arXiv 2412.05496), 4.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    n, device = len(packed), packed.ids.device
+    n, group, device = len(packed), packed.block_size, packed.ids.device
     num_tiles = -(-n // tile)
-    is_clean = packed.view == 0
-    big = torch.iinfo(packed.view.dtype).max
+    index = torch.arange(n, device=device)
+    new_sequence = packed.sequence != packed.sequence.roll(1)
+    start = torch.where(new_sequence, index, 0).cummax(0).values  # [N] where its sequence starts
+    end = (start + (packed.block + (packed.view == 0)) * group).clamp(max=n)  # [N] of the clean range
+    own = index // group * group  # [N] start of the own group; a clean one is in the clean range
 
-    def per_tile(values: torch.Tensor, among: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of values[among] in every tile; (big, -1) where there are none."""
-        padded = torch.full((2, num_tiles * tile), big, device=device, dtype=values.dtype)
-        padded[1] = -1
-        padded[0, :n] = torch.where(among, values, big)
-        padded[1, :n] = torch.where(among, values, -1)
-        low, high = padded.view(2, num_tiles, tile)
-        return low.amin(1), high.amax(1)
+    def count(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """[tiles, tiles]: how many tokens of a query tile have the key tile in [first, last)."""
+        edges = torch.zeros(num_tiles * (num_tiles + 1), dtype=torch.int32, device=device)
+        row, one = index // tile * (num_tiles + 1), torch.ones_like(index, dtype=torch.int32)
+        edges.index_add_(0, row + first, one)
+        edges.index_add_(0, row + torch.maximum(first, last), -one)
+        return edges.view(num_tiles, -1).cumsum(1, dtype=torch.int32)[:, :-1]
 
-    everything = torch.ones_like(is_clean)
-    seq_min, seq_max = per_tile(packed.sequence, everything)
-    clean_min, clean_max = per_tile(packed.block, is_clean)  # blocks of the clean tokens
-    noisy_min, noisy_max = per_tile(packed.block, ~is_clean)  # blocks of the view tokens
-    view_min, view_max = per_tile(packed.view, ~is_clean)
+    def up(t: torch.Tensor) -> torch.Tensor:
+        return (t + tile - 1) // tile
 
-    def q(t: torch.Tensor) -> torch.Tensor:
-        return t[:, None]
-
-    same_sequence = (q(seq_min) <= seq_max) & (seq_min <= q(seq_max))
-    some_clean = (clean_min <= q(clean_max)) | (clean_min < q(noisy_max))
-    some_view = (q(view_min) <= view_max) & (view_min <= q(view_max))
-    some = same_sequence & (some_clean | some_view)
-    one_sequence = (q(seq_min) == q(seq_max)) & (q(seq_min) == seq_min) & (seq_min == seq_max)
-    clean_only = (view_max == -1) & (clean_max >= 0)  # no view token among the keys
-    full = one_sequence & clean_only & (clean_max <= q(clean_min)) & (clean_max < q(noisy_min))
-    if n % tile:  # the last tile is cut short, so it is never full
-        full[-1, :] = full[:, -1] = False
+    own_end = torch.where(packed.view == 0, own, own + group)
+    last = torch.where(end > start, up(end), 0)
+    some = (count(start // tile, last) + count(own // tile, up(own_end))) > 0
+    full = (count(up(start), end // tile) + count(up(own), own_end // tile)) == tile
 
     def listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(how many, which) key tiles per query tile, as FlexAttention wants them: [1, 1, ...]."""
@@ -139,10 +149,10 @@ def block_mask(packed: Packed, tile: int = 128) -> BlockMask:
         order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         return count[None, None], order.to(torch.int32)[None, None]
 
-    sequence, block, view = packed.sequence, packed.block, packed.view
+    start, end = start.to(torch.int32), end.to(torch.int32)
 
     def mask_mod(b, h, i, j):
-        return visible(sequence[i], block[i], view[i], sequence[j], block[j], view[j])
+        return ((start[i] <= j) & (j < end[i])) | (i // group == j // group)
 
     return BlockMask.from_kv_blocks(
         *listed(some & ~full), *listed(full), BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(n, n)

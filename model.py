@@ -21,16 +21,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -47,13 +50,26 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from masking import HOLD, InputError, Packed, block_mask, dense_mask, visible
+from masking import (
+    HOLD,
+    TILE,
+    InputError,
+    Packed,
+    block_mask,
+    dense_mask,
+    noise,
+    pack,
+    padded,
+    visible,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
-LOGITS_PER_CHUNK = 2**25  # logits held at once while scoring: 128 MiB in float32
+FLOOR = math.exp(LOG_FLOOR)
+LOGITS_KEPT = 2**24  # logits that plain autograd may hold at once: about 0.4 GiB with its copies
+SCORING_BYTES = 2**30  # that ScoreRows may take for the logits of a chunk of rows and their copies
 
 
 @dataclass
@@ -70,17 +86,17 @@ class Scores:
     """What `score` returns for M rows."""
 
     logprobs: torch.Tensor  # [M] log-probability of the action: reveal this token, or hold
-    entropy: torch.Tensor  # [M] of the distribution sampled from, in nats
+    entropy: torch.Tensor  # [M] of the distribution sampled from, in nats; a metric, without gradient
 
 
 def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, log g), each [..., V] in float32, from logits [..., V].
+    """(log p, log g), each [..., V] in float32 or the logits' float64, from logits [..., V].
 
     p is the softmax over the whole vocabulary after temperature: confidences come from it.
     g is p after top-k, then top-p, renormalised: tokens are drawn from it. Same order and the same
     comparisons as LMDeploy 0.18.0 (pytorch/engine/logits_process.py).
     """
-    log_p = F.log_softmax(logits.float() / how.temperature, dim=-1)
+    log_p = F.log_softmax(_tempered(logits, how.temperature), dim=-1)
     if how.top_k == 0 and how.top_p == 1.0:
         return log_p, log_p
     ranked, order = log_p.detach().sort(dim=-1, descending=True, stable=True)
@@ -95,23 +111,128 @@ def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor
     return log_p, F.log_softmax(log_p.masked_fill(dropped, -torch.inf), dim=-1)
 
 
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """logits / temperature, in float32 at least; no copy that is not needed (they are the largest thing)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1.0 else logits / temperature
+
+
 def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> Scores:
     """Log-probability of each action and entropy, from logits [M, V].
 
     A reveal of v has log g(v). A hold (target HOLD) has log of the mass of those draws that the rule
-    would have held, sum of g(v) over v with p(v) < bound, as a log-sum-exp. Source: design, section 4.
+    would have held, sum of g(v) over v with p(v) < bound. Source: design, section 4. A policy that
+    moved may leave no draw to hold: the floor then, without gradient.
     """
     log_p, log_g = sampling_logprobs(logits, how)
-    reveal = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    logprobs = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    g = log_g.exp()
     held = targets == HOLD
     if held.any():
-        below = (log_p[held].exp() < bounds[held, None]) & log_g[held].isfinite()
-        possible = below.any(-1)  # a policy that moved may leave no draw to hold: the floor then
-        mass = log_g[held].masked_fill(~(below | ~possible[:, None]), -torch.inf).logsumexp(-1)
-        mass = torch.where(possible, mass, LOG_FLOOR)
-        reveal = reveal.index_put((held.nonzero()[:, 0],), mass)
-    entropy = -(log_g.exp() * log_g.clamp(min=LOG_FLOOR)).sum(-1)
-    return Scores(reveal.clamp(min=LOG_FLOOR), entropy)
+        p = g if log_p is log_g else log_p.exp()
+        mass = torch.where(p < bounds[:, None], g, 0).sum(-1)
+        logprobs = torch.where(held, mass.clamp(min=FLOOR).log(), logprobs)
+    entropy = torch.special.entr(g.detach()).sum(-1)
+    return Scores(logprobs.clamp(min=LOG_FLOOR), entropy)
+
+
+class ScoreRows(torch.autograd.Function):
+    """score_logits(hidden @ weight.T) without top-k and top-p, in chunks of rows, gradient written out.
+
+    Autograd would keep several copies [rows, V] in float32 for the backward pass, and hold two
+    gradients [V, hidden] of the weight. Here only [M] vectors are kept; backward computes the logits
+    of a chunk again. With p = softmax(logits / T), h the mass of the held draws, l the log-probability:
+
+        reveal v   d l / d logits = (onehot(v) - p) / T
+        hold       d l / d logits = (p [p < bound] / h - p) / T
+
+    Chunks are of one size, so that both passes run the same kernels and p < bound falls the same way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, bounds, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M]."""
+        # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
+        each = 2 * hidden.element_size() if hidden.is_cuda else 10
+        chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
+        ctx.rows, ctx.temperature = -(-len(hidden) // chunks), temperature
+        held = targets == HOLD
+        bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held
+        score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
+        scored = []
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature))
+        logprobs, entropy, lse = (torch.cat(t) for t in zip(*scored, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, lse)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        """slope [M] is d loss / d logprobs."""
+        hidden, weight, targets, bounds, logprobs, lse = ctx.saved_tensors
+        slope = torch.where(logprobs > LOG_FLOOR, slope / ctx.temperature, 0)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            gradient = differentiate(
+                hidden[at] @ weight.T, hold, logprobs[at], lse[at], slope[at], ctx.temperature
+            )  # [rows, V]
+            held, target = targets[at, None] == HOLD, targets[at, None].clamp(min=0)
+            of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
+            gradient.scatter_(1, target, torch.where(held, gradient.gather(1, target), of_revealed))
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[at])
+            if weight_grad is not None:
+                weight_grad.addmm_(gradient.T, hidden[at])
+            del gradient  # before the logits of the next chunk are there
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """`function` compiled, once per process. Sizes that change from call to call become symbolic."""
+    return torch.compile(function)
+
+
+def _score_chunk(logits, targets, bounds, temperature: float) -> tuple[torch.Tensor, ...]:
+    """(log-probability, entropy, log-sum-exp), each [rows], from logits [rows, V]. bounds None: no holds.
+
+    Names are used again and work is done in place: two copies in float32 are the most that is alive.
+    """
+    logits = _tempered(logits, temperature)
+    lse = logits.logsumexp(-1)
+    log_p = logits.sub_(lse[:, None])
+    logprobs = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    p = log_p.exp()
+    entropy = -log_p.mul_(p).sum(-1)
+    if bounds is not None:
+        mass = p.masked_fill_(p >= bounds[:, None], 0).sum(-1)
+        logprobs = torch.where(targets == HOLD, mass.clamp(min=FLOOR).log(), logprobs)
+    return logprobs.clamp(min=LOG_FLOOR), entropy, lse
+
+
+def _score_chunk_gradient(logits, bounds, logprobs, lse, slope, temperature: float) -> torch.Tensor:
+    """slope * d logprobs / d logits but for the revealed tokens, [rows, V] in the logits' dtype.
+
+    slope [rows] has 1 / T in it. Element by element, so that it compiles to one kernel.
+    """
+    dtype = logits.dtype
+    logits = _tempered(logits, temperature)
+    p = logits.sub_(lse[:, None]).exp_()
+    if bounds is None:
+        return p.mul_(-slope[:, None]).to(dtype)
+    of_held_draws = slope * ((-logprobs).exp() - 1)
+    return p.mul_(torch.where(p < bounds[:, None], of_held_draws[:, None], -slope[:, None])).to(dtype)
 
 
 class SDARConfig(Qwen3Config):
@@ -135,22 +256,33 @@ class BlockDiffusion:
         Logits are never held for all rows: chunks of rows go through the LM head one by one, and are
         computed again in the backward pass.
         """
+        packed = padded(packed) if packed.ids.is_cuda else packed  # whole tiles, and fewer different lengths
         row = attention_over(packed, attention)
+        if isinstance(row, FlexRow) and packed.ids.is_cuda:
+            c = self.config
+            heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+            row.options = flex_options(self.lm_head.weight.dtype, *heads) | row.options
         hidden = self.model(
             input_ids=packed.ids[None],
             position_ids=packed.positions[None],
             use_cache=False,
             visible=row,
         ).last_hidden_state[0]  # [N, hidden]
+        return self.score_hidden(hidden.index_select(0, packed.rows), packed.targets, packed.bounds, how)
+
+    def score_hidden(self, hidden, targets: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> Scores:
+        """Scores of M rows from their final hidden states [M, hidden], in whichever way is the leanest."""
+        logits = len(hidden) * self.config.vocab_size
+        if logits <= LOGITS_KEPT:
+            return score_logits(self.lm_head(hidden), targets, bounds, how)
+        if how.top_k == 0 and how.top_p == 1.0 and type(self.lm_head) is torch.nn.Linear:
+            return Scores(*ScoreRows.apply(hidden, self.lm_head.weight, targets, bounds, how.temperature))
 
         def score_chunk(hidden, targets, bounds) -> tuple[torch.Tensor, torch.Tensor]:
             scores = score_logits(self.lm_head(hidden), targets, bounds, how)
             return scores.logprobs, scores.entropy
 
-        chunk = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        parts = [t.split(chunk) for t in (hidden[packed.rows], packed.targets, packed.bounds)]
-        if len(parts[0]) == 1:
-            return Scores(*score_chunk(*(t[0] for t in parts)))
+        parts = [t.tensor_split(-(-logits // LOGITS_KEPT)) for t in (hidden, targets, bounds)]
         scored = [checkpoint(score_chunk, *part, use_reentrant=False) for part in zip(*parts, strict=True)]
         return Scores(*(torch.cat(t) for t in zip(*scored, strict=True)))
 
@@ -163,7 +295,9 @@ class BlockDiffusion:
         step of the same block left there; so a last forward over the finished block leaves it clean.
         """
         seen = CachedBlocks(cache, slots, positions)
-        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, visible=seen)
+        compiled = self.model.layers[0]._compiled_call_impl is not None  # for `score`, see compile_layers
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            out = self.model(input_ids=ids, position_ids=positions, use_cache=False, visible=seen)
         return out.last_hidden_state
 
     def decode(
@@ -187,7 +321,7 @@ class SDARMoeForCausalLM(BlockDiffusion, Qwen3MoeForCausalLM):
 
 def attend(module, query, key, value, attention_mask, scaling, visible, **_):
     """transformers' attention hook: query [S, H, T, D], key and value [S, KV, T, D] -> [S, T, H, D]."""
-    return visible.attend(module.layer_idx, query, key, value, scaling), None
+    return visible.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register("sdar", attend)
@@ -198,6 +332,61 @@ for _config, _model in ((SDARConfig, SDARForCausalLM), (SDARMoeConfig, SDARMoeFo
 register_checkpoint_conversion_mapping(
     "sdar_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )
+
+
+def compile_layers(model: BlockDiffusion, **options) -> None:
+    """Compile the decoder layers, one for all: norms, rotary and SwiGLU fuse, attention is FlexAttention.
+
+    All layers share one code, so it is compiled for the first length and once more for all lengths; the
+    rest of the model stays as it is. Decoding stays eager: there every cache length would be another
+    case. Call it after `checkpoint_layers` and before FSDP2's `fully_shard`. `options`: of torch.compile.
+    """
+    for layer in model.model.layers:
+        layer.compile(**options)
+
+
+# What "selective" keeps: results of matrix products and attention, nearly all of the arithmetic.
+KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: BlockDiffusion, how: str) -> None:
+    """Trade memory for arithmetic in the backward pass through the decoder layers.
+
+    none: keep everything. selective: keep what KEPT_OPS return, compute norms, rotary and SwiGLU again.
+    full: keep a layer's input only, compute it again: a third more arithmetic. FlexAttention is seen by
+    "selective" where the layers are compiled too; otherwise it is computed again.
+
+    Raises:
+        InputError: another word.
+    """
+    if how not in ("none", "selective", "full"):
+        raise InputError(f"checkpointing: expected none, selective or full, got {how}")
+    if how == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+
+    def wrap(forward: Callable) -> Callable:
+        def checkpointed(*args, **kwargs):  # a function of this file: torch.compile looks into it
+            return checkpoint(forward, *args, **options, **kwargs)
+
+        return checkpointed
+
+    for layer in model.model.layers:
+        layer.forward = wrap(layer.forward)
 
 
 def attention_over(packed: Packed, backend: str = "auto") -> FlexRow | JointRow | DenseRow:
@@ -213,31 +402,74 @@ class DenseRow:
     def __init__(self, packed: Packed):
         self.mask = dense_mask(packed)
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
         return out.transpose(1, 2)
 
 
-@functools.cache
-def _compiled_flex():
+# Tile sizes, warps and stages are left to torch: for bfloat16 and head dimension 128 on Hopper it takes
+# 128 x 64 with 8 warps and 3 stages forward, 64 x 128 and 128 x 64 backward (torch 2.13, in
+# _inductor/template_heuristics/triton.py). ROWS_GUARANTEED_SAFE must stay off: every row sees itself,
+# but not in the first tile that is processed for it, and would become nan there. IS_DIVISIBLE (rows of
+# whole tiles: no border checks) is set by FlexRow; with symbolic lengths the compiler cannot see it.
+KERNEL_OPTIONS: dict = {}
+
+
+def _flex(query, key, value, mask, scaling: float, options: dict) -> torch.Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return flex_attention(
+        query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
+    )
+
+
+@functools.cache
+def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dict:
+    """KERNEL_OPTIONS on CUDA, with BACKEND="FLASH" where flash-attn's CuTe kernels are installed and right.
+
+    They are experimental, so they are tried first: a small row, forward and backward, against SDPA.
+    """
+    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    if dtype == torch.float32 or not found:
+        return KERNEL_OPTIONS
+    flash = KERNEL_OPTIONS | {"BACKEND": "FLASH"}
+    rng = np.random.default_rng(0)
+    views = [noise(rng.integers(0, 9, n).tolist(), 8, 4, rng, views=2) for n in (36, 128)]
+    packed = padded(pack(views, 4, 0, 10**9)[0].to("cuda"))
+    shapes = [(1, h, len(packed), dim) for h in (heads, kv_heads, kv_heads)]
+    try:
+        results = []
+        inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+        with torch.enable_grad():
+            for row in (FlexRow(packed, flash), DenseRow(packed)):
+                out = row.attend(None, *inputs, dim**-0.5)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+        if error < 0.02:
+            return flash
+        reason = f"off by {error:.1%}"
+    except Exception as caught:  # an experimental backend raises whatever it likes
+        reason = f"{type(caught).__name__}: {_first(caught)}"
+    print(f"FlexAttention without flash-attn's kernels ({reason})", file=sys.stderr)
+    return KERNEL_OPTIONS
 
 
 class FlexRow:
-    """FlexAttention over tiles; compiled on CUDA. (On CPU it has no backward pass in torch 2.13.)"""
+    """FlexAttention over tiles; compiled on CUDA. (On CPU it has no backward pass in torch 2.13.)
 
-    def __init__(self, packed: Packed):
+    Compiled twice: for the first length, then for all lengths (torch's automatic dynamic shapes).
+    """
+
+    def __init__(self, packed: Packed, options: dict | None = None):
         self.mask = block_mask(packed)
+        self.options = (options or {}) | {"IS_DIVISIBLE": len(packed) % TILE == 0}
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        flex = _compiled_flex() if q.is_cuda else flex_attention
-        out = flex(q, k, v, block_mask=self.mask, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2)
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
+        if not q.is_cuda:
+            return _flex(q, k, v, self.mask, scaling, {}).transpose(1, 2)
+        flex = _flex if torch.compiler.is_compiling() else _compiled(_flex)
+        return flex(q, k, v, self.mask, scaling, self.options).transpose(1, 2)
 
 
 class JointRow:
@@ -272,7 +504,7 @@ class JointRow:
         t = t.index_select(0, self.gather) if self.padded else t
         return t.view(*self.shape, *t.shape[1:]).transpose(1, 2)
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
         (s, t), b, n = self.shape, self.group, self.num_keys
         q, k, v = self._split(q * scaling), self._split(k), self._split(v)
@@ -315,11 +547,11 @@ class CachedBlocks:
         q_block = self.positions[:, :, None] // self.cache.block_size
         self.mask = visible(0, q_block, 0, 0, kv_block, torch.zeros_like(kv_block))  # [S, T, kv]
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         s, heads, t, dim = q.shape
-        for cached, new in zip(self.cache.keys_values[layer], (k, v), strict=True):
+        for cached, new in zip(self.cache.keys_values[module.layer_idx], (k, v), strict=True):
             cached[self.slots[:, None], self.positions] = new.transpose(1, 2)
-        k, v = self.cache.keys_values[layer][:, self.slots, : self.length].transpose(2, 3)
+        k, v = self.cache.keys_values[module.layer_idx][:, self.slots, : self.length].transpose(2, 3)
         ratio = heads // k.shape[1]  # heads that share a key head become further queries
         mask = self.mask[:, None].repeat(1, 1, ratio, 1)
         q = q.reshape(s, k.shape[1], ratio * t, dim)

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import scoring
 import torch
 from data_rows import write_task
 
 import dipo
+import model as sdar
 import sft
-from masking import noise, pack
+from masking import block_mask, noise, pack
 from model import Sampling, load, load_tokenizer, stop_ids, tiny
 from rollout import Decoding, LMDeployEngine, TorchEngine, lmdeploy_problem
 
@@ -157,3 +159,59 @@ def test_two_dipo_steps(folder, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     assert all(line["gib_given_back"] > 0.9 and line["gap_mean"] < 0.05 for line in lines)
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_compiled_and_checkpointed(folder, how, compiled):
+    """Float32 gradients as of plain layers, and nothing is compiled after the third batch."""
+    torch._dynamo.reset()
+    plain, model = load(folder, torch.float32, "cuda"), load(folder, torch.float32, "cuda")
+    sdar.checkpoint_layers(model, how)
+    if compiled:
+        sdar.compile_layers(model)
+    counters = torch._dynamo.utils.counters["stats"]
+    for batch, size in enumerate([300, 500, 900, 412, 660]):
+        row = packed_row(folder, [size, 36])
+        gradients = []
+        for network, attention in ((model, "flex"), (plain, "dense")):
+            network.zero_grad()
+            before = counters["unique_graphs"]
+            (network.score(row, Sampling(), attention).logprobs * row.weights).mean().backward()
+            assert batch < 3 or counters["unique_graphs"] == before, f"batch {batch} was compiled again"
+            gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+        mine, theirs = gradients
+        assert (mine - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def test_the_mask_is_built_without_waiting_for_the_gpu(folder):
+    row = packed_row(folder, [2000, 4000, 36])
+    block_mask(row)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block_mask(row)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("rows", [40, 1000])
+def test_scoring_rows_equals_autograd(monkeypatch, rows, holds):
+    monkeypatch.setattr(sdar, "SCORING_BYTES", 8 * 300 * 5000)
+    problem = scoring.Problem(rows, 5000, 64, torch.float32, "cuda")
+    targets = problem.some_held if holds else problem.targets
+    mine = problem.gradients(lambda: problem.model(targets))
+    theirs = problem.gradients(lambda: problem.plain(targets))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_scoring_memory_at_real_size(holds):
+    """8,192 rows of 151,936 logits: under 1.5 GiB next to the gradients, which are held once."""
+    problem = scoring.Problem(8192, 151936, 1024, torch.bfloat16, "cuda")
+    targets = problem.some_held if holds else problem.targets
+    problem.gradients(lambda: problem.model(targets))
+    problem.hidden.grad = problem.head.grad = None
+    peak = scoring.peak_bytes(lambda: problem.gradients(lambda: problem.model(targets)), "cuda")
+    assert peak - problem.hidden.nbytes - problem.head.nbytes < 1.5 * 2**30

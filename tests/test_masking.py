@@ -20,6 +20,7 @@ from masking import (
     dense_mask,
     noise,
     pack,
+    padded,
     plan_packs,
     replay,
     visible,
@@ -130,7 +131,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("tile", [16, 32, 128])
+@pytest.mark.parametrize("tile", [4, 16, 32, 128])
 @pytest.mark.parametrize("name", ROWS)
 def test_block_mask_tiles(name, tile):
     row = ROWS[name]()
@@ -141,14 +142,27 @@ def test_block_mask_tiles(name, tile):
     assert not (partial & full).any(), "a tile is listed twice"
     assert not (truth.any(-1) & ~partial & ~full).any(), "a visible pair is in no listed tile"
     assert not (full & ~truth.all(-1)).any(), "a full tile has an invisible pair"
-    missed = truth.all(-1) & ~full
-    empty = partial & ~truth.any(-1)
-    if int(row.sequence.max()) == 0:
-        assert not missed.any(), "with one sequence, every full tile is known to be full"
-        assert not empty.any(), "with one sequence, no listed tile is empty"
+    assert not (truth.all(-1) & ~full).any(), "every full tile is known to be full"
+    assert not (partial & ~truth.any(-1)).any(), "no listed tile is empty"
     # the element-wise rule that partial tiles evaluate
     i = torch.arange(len(row))
     assert torch.equal(mask.mask_mod(0, 0, i[:, None], i[None]), dense)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_padded_row_is_the_row_and_tokens_nobody_sees(name):
+    row = ROWS[name]()
+    whole, n = padded(row), len(row)
+    assert len(whole) % 128 == 0 and len(whole) - n < 128
+    seen = brute_force(whole)
+    assert torch.equal(seen[:n, :n], brute_force(row)) and not seen[:n, n:].any() and not seen[n:, :n].any()
+    assert bool(seen.any(-1).all()), "an empty row of the mask would be nan"
+    assert torch.equal(dense_mask(whole), seen)
+    i = torch.arange(len(whole))
+    assert torch.equal(block_mask(whole).mask_mod(0, 0, i[:, None], i[None]), seen)
+    for name in ("rows", "targets", "weights", "trajectory"):
+        assert torch.equal(getattr(whole, name), getattr(row, name))
+    assert padded(whole).ids.shape == whole.ids.shape
 
 
 @pytest.mark.parametrize("tile", [32, 128])

@@ -8,15 +8,17 @@ import random
 import layout
 import numpy as np
 import pytest
+import scoring
 import torch
 import torch.nn.functional as F
 from conftest import TINY, WORDS, random_rollout
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as sdar
-from masking import HOLD, InputError, Packed, noise, pack, replay
+from masking import HOLD, InputError, Packed, noise, pack, padded, replay
 from model import Sampling, score_logits
 
 MASK = 259  # <|MASK|> in the tiny tokenizer
@@ -118,7 +120,7 @@ def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
     dense, joint = (network.score(row, Sampling(), a) for a in ("dense", "joint"))
     assert (dense.logprobs - joint.logprobs).abs().max() < 1e-5
     assert (dense.entropy - joint.entropy).abs().max() < 1e-5
-    loss = [(s.logprobs * weights).sum() + s.entropy.sum() for s in (dense, joint)]
+    loss = [(s.logprobs * weights).sum() for s in (dense, joint)]
     assert relative(*(gradient(network, one) for one in loss)) < 1e-5
 
 
@@ -131,6 +133,32 @@ def test_flex_row_equals_dense_row(tiny_model):
     row = one_row([replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(5)], 4)
     flex, dense = (tiny_model.score(row, Sampling(), a) for a in ("flex", "dense"))
     assert (flex.logprobs - dense.logprobs).abs().max() < 1e-5
+
+
+def noised_rows(lengths: list[int]) -> list[Packed]:
+    """A row of three sequences for each length, filled up to whole tiles."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for length in lengths:
+        sizes = (length, 4 * (length // 8), 36)
+        views = [noise(rng.integers(0, WORDS, n).tolist(), 5, 4, rng, "block") for n in sizes]
+        rows.append(padded(one_row(views, 4)))
+    return rows
+
+
+@torch.no_grad()
+def test_flex_is_compiled_twice_whatever_the_lengths():
+    """Once for the first length, once for every other."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(sdar._flex, backend=counter)
+    rows = noised_rows([200, 600, 1000, 400, 804])
+    assert len({len(row) for row in rows}) == 5
+    for row in rows:
+        q, k, v = (torch.randn(1, heads, len(row), 16) for heads in (4, 2, 2))
+        out = compiled(q, k, v, sdar.FlexRow(row).mask, 0.25, {}).transpose(1, 2)
+        assert (out - sdar.DenseRow(row).attend(0, q, k, v, 0.25)).abs().max() < 1e-5
+    assert counter.frame_count == 2
 
 
 # -------------------------------------------------- invariant 2: what a row depends on, and not
@@ -309,34 +337,122 @@ def test_impossible_actions_get_the_floor_and_finite_gradients(how):
     scores = score_logits(logits, targets, bounds, how)
     assert scores.logprobs[:3].tolist() == pytest.approx([sdar.LOG_FLOOR] * 3)
     assert scores.logprobs[3].item() == pytest.approx(0.0), "any draw was held"
-    (scores.logprobs.sum() + scores.entropy.sum()).backward()
+    scores.logprobs.sum().backward()
     assert logits.grad.isfinite().all()
+    assert not scores.entropy.requires_grad, "a metric"
 
 
-@pytest.mark.parametrize("how", [Sampling(), Sampling(0.8, top_k=20, top_p=0.9)])
-def test_chunked_scoring_changes_nothing_and_holds_few_logits(tiny_model, monkeypatch, how):
+def few_logits_at_once(monkeypatch, vocabulary: int, rows: int) -> None:
+    """Chunks of at most `rows` rows, on whichever path."""
+    monkeypatch.setattr(sdar, "LOGITS_KEPT", rows * vocabulary)
+    monkeypatch.setattr(sdar, "SCORING_BYTES", 10 * rows * vocabulary)
+
+
+@pytest.mark.parametrize(
+    "how", [Sampling(), Sampling(0.8), Sampling(0.8, top_k=20, top_p=0.9)], ids=["", "tempered", "top"]
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_scoring_changes_nothing(tmp_path, monkeypatch, how, tied):
+    network = sdar.load(str(sdar.tiny(tmp_path, **TINY | {"tie_word_embeddings": tied})))
     rng = random.Random(4)
     views = [replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(4)]
     row = one_row(views, 4)
-    assert (row.targets == HOLD).any()
-    rows_at_once = []
-    tiny_model.lm_head.register_forward_hook(lambda m, i, out: rows_at_once.append(len(out)))
+    assert (row.targets == HOLD).any() and len(row.rows) > 11
     weights = torch.linspace(-1, 1, len(row.rows))
-
-    def run():
-        scores = tiny_model.score(row, how)
-        grads = gradient(tiny_model, (scores.logprobs * weights).sum() + scores.entropy.sum())
-        return scores, grads
-
-    whole, whole_gradient = run()
-    assert rows_at_once == [len(row.rows)]
-    rows_at_once.clear()
-    monkeypatch.setattr(sdar, "LOGITS_PER_CHUNK", 5 * tiny_model.config.vocab_size)
-    chunked, chunked_gradient = run()
-    assert max(rows_at_once) == 5 and sum(rows_at_once) == 2 * len(row.rows), "again backward"
+    whole = network.score(row, how)
+    whole_gradient = gradient(network, (whole.logprobs * weights).sum())
+    few_logits_at_once(monkeypatch, network.config.vocab_size, rows=5)
+    chunked = network.score(row, how)
     assert (whole.logprobs - chunked.logprobs).abs().max() < 1e-5
     assert (whole.entropy - chunked.entropy).abs().max() < 1e-5
-    assert relative(chunked_gradient, whole_gradient) < 1e-5
+    assert relative(gradient(network, (chunked.logprobs * weights).sum()), whole_gradient) < 1e-5
+
+
+def test_top_k_is_scored_in_chunks_too(tiny_model, monkeypatch):
+    row = one_row([replay(random_rollout(random.Random(4), 4), 4, 1.0) for _ in range(4)], 4)
+    rows_at_once = []
+    tiny_model.lm_head.register_forward_hook(lambda m, i, out: rows_at_once.append(len(out)))
+    few_logits_at_once(monkeypatch, tiny_model.config.vocab_size, rows=5)
+    tiny_model.score(row, Sampling(top_k=3)).logprobs.sum().backward()
+    assert max(rows_at_once) <= 5 and sum(rows_at_once) == 2 * len(row.rows), "again backward"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 11])
+def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, rows):
+    """Against autograd through score_logits, and against finite differences; 11 rows in chunks."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(11, 6, generator=generator, dtype=torch.double)
+    head = 2 * torch.randn(19, 6, generator=generator, dtype=torch.double)
+    targets = torch.randint(0, 19, (11,), generator=generator)
+    bounds = torch.rand(11, generator=generator) / 2
+    if holds:
+        targets[::2] = HOLD
+        bounds[2], bounds[4] = 0, math.inf  # nothing could be held; any draw would have been
+    few_logits_at_once(monkeypatch, 19, rows)
+    inputs = (hidden.requires_grad_(True), head.requires_grad_(True))
+
+    def mine(hidden, head):
+        return sdar.ScoreRows.apply(hidden, head, targets, bounds, temperature)
+
+    scores = score_logits(hidden @ head.T, targets, bounds, Sampling(temperature))
+    logprobs, entropy = mine(*inputs)
+    assert torch.allclose(logprobs, scores.logprobs, atol=1e-12)
+    assert torch.allclose(entropy, scores.entropy, atol=1e-12) and not entropy.requires_grad
+    weights = torch.randn(11, generator=generator, dtype=torch.double)
+    found, wanted = (torch.autograd.grad((x * weights).sum(), inputs) for x in (logprobs, scores.logprobs))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+    assert torch.autograd.gradcheck(lambda *x: mine(*x)[0], inputs)
+
+
+def test_a_frozen_head_gets_no_gradient(monkeypatch):
+    few_logits_at_once(monkeypatch, 30, rows=5)
+    hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8)
+    logprobs, _ = sdar.ScoreRows.apply(hidden, head, torch.arange(20), torch.zeros(20), 1.0)
+    logprobs.sum().backward()
+    assert hidden.grad.abs().sum() > 0 and head.grad is None
+
+
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize(("dtype", "hidden"), [(torch.bfloat16, 64), (torch.float32, 256)])
+def test_memory_of_scoring_is_one_chunk(monkeypatch, dtype, hidden, holds):
+    """At most 10 bytes per logit of a chunk, next to gradients of head and hidden states held once.
+
+    That is SCORING_BYTES, whatever the number of rows.
+    """
+    vocabulary, chunk = 4096, 100
+    few_logits_at_once(monkeypatch, vocabulary, rows=chunk)
+    problem = scoring.Problem(1000, vocabulary, hidden, dtype, "cpu")
+    results = problem.hidden.nbytes + problem.head.nbytes
+    targets = problem.some_held if holds else problem.targets
+    peak = scoring.peak_bytes(lambda: problem.gradients(lambda: problem.model(targets)), "cpu")
+    assert results < peak < results + 10 * chunk * vocabulary
+    plain = scoring.peak_bytes(lambda: problem.gradients(lambda: problem.plain(targets)), "cpu")
+    assert plain > 4 * peak, "all logits at once would break the bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("holds", [False, True])
+def test_compiled_scoring_equals_eager(dtype, holds):
+    """What CUDA runs, compiled for the CPU; the second size of a chunk must not be a special case."""
+    for rows in (40, 24):
+        problem = scoring.Problem(rows, 1000, 16, dtype, "cpu")
+        logits = (problem.hidden @ problem.head.T).detach()
+        bounds = torch.where(problem.some_held == HOLD, problem.bounds, 0) if holds else None
+        targets = problem.some_held if holds else problem.targets
+        eager, compiled = (
+            f(logits.clone(), targets, bounds, 1.0)
+            for f in (sdar._score_chunk, sdar._compiled(sdar._score_chunk))
+        )
+        for a, b in zip(eager, compiled, strict=True):
+            assert torch.allclose(a, b, atol=2e-5)
+        parts = (bounds, eager[0], eager[2], problem.weights, 1.0)
+        eager, compiled = (
+            f(logits.clone(), *parts)
+            for f in (sdar._score_chunk_gradient, sdar._compiled(sdar._score_chunk_gradient))
+        )
+        assert torch.allclose(eager, compiled, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_score_is_score_logits_of_the_rows(tiny_model):
@@ -346,6 +462,68 @@ def test_score_is_score_logits_of_the_rows(tiny_model):
     plain = score_logits(logits_of(tiny_model, row), row.targets, row.bounds, how)
     assert (scores.logprobs - plain.logprobs).abs().max() < 1e-4
     assert scores.logprobs.dtype == torch.float32
+
+
+# ------------------------------------------------------------------ compiled and checkpointed layers
+
+
+def train_on(network, rows: list[Packed]) -> list[torch.Tensor]:
+    """Gradients of a weighted sum of the log-probabilities, row by row."""
+    gradients = []
+    for row in rows:
+        logprobs = network.score(row, Sampling()).logprobs
+        gradients.append(gradient(network, (logprobs * torch.linspace(-1, 1, len(logprobs))).sum()))
+    return gradients
+
+
+@pytest.mark.parametrize("changes", [{}, MOE], ids=["", "moe"])
+def test_checkpointing_trades_memory_and_changes_nothing(tmp_path, changes):
+    """Bytes held after the forward pass: none > selective > full; the gradient is the same."""
+    folder = str(sdar.tiny(tmp_path, **TINY | changes))
+    rows = noised_rows([200])
+    held, gradients = {}, {}
+    for how in ("none", "selective", "full"):
+        network = sdar.load(folder)
+        names = network.state_dict().keys()
+        sdar.checkpoint_layers(network, how)
+        assert network.state_dict().keys() == names
+        gradients[how] = train_on(network, rows)
+        kept = []
+        held[how] = scoring.peak_bytes(
+            lambda n=network, k=kept: k.append(n.score(rows[0], Sampling())), "cpu"
+        )
+    assert all(relative(gradients[how][0], gradients["none"][0]) < 1e-6 for how in gradients)
+    assert held["none"] > 1.3 * held["selective"] > 1.3 * held["full"]
+
+
+def test_another_word_for_checkpointing_is_refused(tiny_model):
+    with pytest.raises(InputError, match="expected none, selective or full, got some"):
+        sdar.checkpoint_layers(tiny_model, "some")
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_compiled_layers(tiny_folder, how):
+    """All layers share one code, compiled for the first length and for any length; decoding is eager."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, network = sdar.load(str(tiny_folder)), sdar.load(str(tiny_folder))
+    sdar.checkpoint_layers(network, how)
+    sdar.compile_layers(network, backend=counter)
+    rows = noised_rows([60, 100, 84, 200])
+    gradients = train_on(network, rows[:3])
+    assert 1 <= counter.frame_count <= 3
+    compiled = counter.frame_count
+    gradients += train_on(network, rows[3:])
+    ids, slots = torch.arange(12)[None], torch.arange(1)
+    with torch.no_grad():
+        logits = [
+            n.decode(ids, torch.arange(12)[None], sdar.BlockCache(n, 1, 16, 4), slots)
+            for n in (eager, network)
+        ]
+    assert torch.equal(*logits)
+    assert counter.frame_count == compiled, "no recompilation after the third batch, none by decoding"
+    for mine, theirs in zip(gradients, train_on(eager, rows), strict=True):
+        assert relative(mine, theirs) < 1e-5
 
 
 # ----------------------------------------------------------------------------------- load and save
