@@ -178,7 +178,9 @@ def activation_bytes(
     kept: alive after the forward pass. working: what is alive on top of it at the worst moment of
     either pass. Gradients of weights are dropped at once, as FSDP2 does by sharding them.
     """
-    model = build(config, "meta", dtype)
+    experts = hasattr(config, "num_experts")  # their grouped products take bfloat16 only: scaled, then
+    model = build(config, "meta", torch.bfloat16 if experts else dtype)
+    scale = dtype.itemsize // model.dtype.itemsize
     checkpoint_layers(model, checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -188,7 +190,7 @@ def activation_bytes(
         hidden = out.last_hidden_state
         kept = live.now
         hidden.backward(torch.empty_like(hidden))
-    return kept, live.peak - kept
+    return scale * kept, scale * (live.peak - kept)
 
 
 def parameters(config: PreTrainedConfig) -> dict[str, int]:
