@@ -4,7 +4,7 @@ To score a trajectory, DiRL (arXiv 2512.22234) and TraceRL (2509.06949) run the 
 *round* on [noisy | clean], 2L tokens. Round r shows, in every block at once, what the decoder saw
 in the r-th denoising step of that block: up to B rounds, in DiRL always B (a rank that ran fewer
 passes than the others would keep them waiting), and sequences padded to the longest allowed length.
-The LM head projects every masked row, not only the revealed ones.
+The LM head projects every masked row, not only the revealed ones. And the trajectories to measure with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model as sdar
-from masking import Packed, replay
+from evaluate import read_rows
+from masking import InputError, Packed, replay
 from rollout import Rollout
 
 
@@ -46,6 +47,35 @@ def random_trajectory(
     rollout = Rollout.of(ids[:prompt], ids[prompt:])
     rollout.steps = [steps[i] for i in range(prompt, length)]
     return rollout
+
+
+def log_normal(count: int, limit: int, block_size: int) -> list[int]:
+    """`count` lengths up to `limit`, log-normal (sigma 0.8), mean a quarter of it; whole blocks shorter."""
+    draws = np.random.default_rng(0).lognormal(0, 0.8, count)
+    for _ in range(20):  # cutting at the limit lowers the mean
+        draws = np.minimum(draws * limit / 4 / draws.mean(), limit)
+    return [limit - int(limit - n) // block_size * block_size for n in draws]
+
+
+def read_rollouts(path: str, block_size: int, vocabulary: int, count: int) -> list[Rollout]:
+    """The first `count` trajectories of a rollouts.jsonl (dipo.py): lengths and step maps, random tokens.
+
+    Raises:
+        InputError: a row without prompt_tokens or steps, or one that is no whole blocks.
+    """
+    rng, rollouts = random.Random(0), []
+    for where, row in read_rows(path)[:count]:
+        prompt, steps = row.get("prompt_tokens"), row.get("steps")
+        if type(prompt) is not int or prompt < 1:
+            raise InputError(f"{where}: prompt_tokens is {prompt!r}, expected a positive integer")
+        if not isinstance(steps, list) or not steps or any(type(s) is not int or s < 1 for s in steps):
+            raise InputError(f"{where}: steps is no list of positive integers, one per response token")
+        if (prompt + len(steps)) % block_size:
+            raise InputError(f"{where}: {prompt} + {len(steps)} tokens are no blocks of {block_size}")
+        ids = [rng.randrange(vocabulary) for _ in range(prompt + len(steps))]
+        rollouts.append(Rollout.of(ids[:prompt], ids[prompt:]))
+        rollouts[-1].steps = steps
+    return rollouts
 
 
 def rounds(

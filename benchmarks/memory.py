@@ -61,6 +61,10 @@ SHAPES: dict[str, dict[str, Any]] = {  # the config.json of Qwen3, which SDAR wa
     | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
     | {"num_attention_heads": 32, "tie_word_embeddings": False, "num_key_value_heads": 4}
     | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "small": QWEN3  # for the CPU; wider weights, since flat distributions would hide an error
+    | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "initializer_range": 0.1}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096}
+    | {"tie_word_embeddings": False},
 }
 
 
@@ -68,7 +72,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # the config.json of Qwen3, which SDAR wa
 class PlanConfig:
     """Fields of benchmarks/memory.py."""
 
-    model: str = "8B"  # 1.7B, 4B, 8B, 30B-A3B, a config.json or a checkpoint folder
+    model: str = "8B"  # 1.7B, 4B, 8B, 30B-A3B, small, a config.json or a checkpoint folder
     prompt: int = 1024  # tokens
     response: int = 8192  # tokens
     tpf: float = 2.0  # tokens per forward of the rollouts

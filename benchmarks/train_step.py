@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import platform
-import random
 import statistics
 import sys
 import time
@@ -43,41 +41,28 @@ from torch.utils import flop_counter
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import memory
-from layout import random_trajectory, rounds
+from layout import log_normal, random_trajectory, read_rollouts, rounds
 
 import model as sdar
-from evaluate import Parser, read_rows, run_script, write_json
+from evaluate import Parser, run_script, write_json
 from masking import InputError, Packed, pack, replay
 from rollout import Rollout
 from sft import full, shard
 
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 4096,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.1,  # distributions that are not flat, so that an error shows
-}
 DEFAULTS = {
     "cpu": {"shape": ["small"], "prompt": 126, "response": 898, "trajectories": 64}
     | {"token_budget": 4096, "repeats": 3},
     "cuda": {"shape": ["1.7B", "4B", "8B"], "prompt": 1024, "response": 8192, "trajectories": 4}
     | {"token_budget": 32768, "repeats": 1},
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense bfloat16
+PEAK_FLOPS = 989e12  # per second, of an H100 or H200 in dense bfloat16
 # Largest relative difference of gradients. bfloat16 rounds every activation to 8 bits, in another order.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-CPU_ATTENTION = {  # torch's counter knows the CUDA kernels only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda *shapes, **_: flop_counter.sdpa_flop_count(*shapes[:3])
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: flop_counter.sdpa_backward_flop_count(*shapes[:4])
-    ),
+TOLERANCE = {"cpu": 1e-4, "cuda": 0.1}
+SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows CUDA's only
+SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+CPU_ATTENTION = {
+    SDPA: lambda *shapes, **_: flop_counter.sdpa_flop_count(*shapes[:3]),
+    SDPA_BACKWARD: lambda *shapes, **_: flop_counter.sdpa_backward_flop_count(*shapes[:4]),
 }
 COLUMNS = {  # of the table: heading and format
     "case": ("case", ""),
@@ -120,7 +105,6 @@ class Bench:
     token_budget: int
     repeats: int
     peak_flops: float  # per second
-    precision: str  # of the computation
 
     @property
     def device(self) -> torch.device:
@@ -191,12 +175,12 @@ def check_exact(
     return differences
 
 
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Wall time, with the queue of the GPU empty before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def seconds_of(work: Callable[..., Any], *args) -> float:
+    """Wall time of work(*args), with the queue of the GPU empty before and after."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
-    work()
+    work(*args)
     wait()
     return time.perf_counter() - start
 
@@ -208,58 +192,53 @@ def training_step(bench: Bench, side: Side) -> None:
     bench.optimizer.zero_grad()
 
 
-def peak_and_flops(bench: Bench, side: Side) -> tuple[int, float]:
-    """Peak bytes of a step, weights and moments included, and the FLOPs done (nan on CUDA,
-    where compiled kernels hide their work from the counter).
-    """
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        training_step(bench, side)
-        return torch.cuda.max_memory_allocated(), math.nan
-    weights = [p for p in bench.model.parameters()]
+def count_step(bench: Bench, side: Side) -> tuple[int, int]:
+    """Peak bytes of a step on the CPU, weights and moments included, and the FLOPs done."""
     moments = [t for state in bench.optimizer.state.values() for t in state.values()]
-    inputs = [t for row in side.rows for t in vars(row).values() if torch.is_tensor(t)]
-    held = sum(t.nbytes for t in weights + moments + inputs)
+    held = sum(t.nbytes for t in [*bench.model.parameters(), *moments])
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter, memory.LiveBytes() as live:
         training_step(bench, side)
     return held + live.peak, counter.get_total_flops()
 
 
+def needed_flops(bench: Bench, row: Packed) -> int:
+    """Model FLOPs of a row."""
+    pairs = memory.visible_pairs(row.block, bench.block_size)
+    return memory.forward_backward_flops(bench.model.config, len(row), pairs, len(row.rows))
+
+
 def measure(bench: Bench, case: str, rollouts: list[Rollout], sides: list[Side]) -> list[dict[str, Any]]:
     """A line of the table per side; the first is ours, the second the reference for the gradients."""
-    differences = check_exact(bench.model, sides[1], sides, TOLERANCE[bench.precision])  # and the warm-up
+    cuda = bench.device.type == "cuda"
+    differences = check_exact(bench.model, sides[1], sides, TOLERANCE[bench.device.type])  # and the warm-up
     times: list[list[float]] = [[] for _ in sides]
+    peaks, done = [0] * len(sides), [None] * len(sides)  # compiled kernels hide their FLOPs
     for _ in range(bench.repeats):
-        for mine, side in zip(times, sides, strict=True):
-            mine.append(seconds_of(lambda side=side: training_step(bench, side), bench.device))
-    lines = []
-    for side, mine, difference in zip(sides, times, differences, strict=True):
-        seconds, (peak, done) = statistics.median(mine), peak_and_flops(bench, side)
-        needed = sum(
-            memory.forward_backward_flops(
-                bench.model.config, len(r), memory.visible_pairs(r.block, bench.block_size), len(r.rows)
-            )
-            for r in side.rows
-        )
-        lines.append(
-            {
-                "case": case,
-                "side": side.name,
-                "attention": side.attention,
-                "tokens": sum(len(row) for row in side.rows),
-                "tflop": needed / 1e12,
-                "flop_done": done / needed,
-                "seconds": seconds,
-                "peak_gib": peak / memory.GIB,
-                "tokens_per_second": sum(len(r.response_ids) for r in rollouts) / seconds,
-                "utilisation": needed / seconds / bench.peak_flops,
-                "gradient_difference": difference,
-            }
-        )
-    for line in lines:
-        line["seconds_ratio"] = line["seconds"] / lines[0]["seconds"]
-        line["peak_ratio"] = line["peak_gib"] / lines[0]["peak_gib"]
+        for i, side in enumerate(sides):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            times[i].append(seconds_of(training_step, bench, side))
+            if cuda:
+                peaks[i] = torch.cuda.max_memory_allocated()
+    if not cuda:
+        peaks, done = zip(*(count_step(bench, side) for side in sides), strict=True)
+    lines: list[dict[str, Any]] = []
+    for i, side in enumerate(sides):
+        seconds, needed = statistics.median(times[i]), sum(needed_flops(bench, row) for row in side.rows)
+        line = {"case": case, "side": side.name, "attention": side.attention}
+        line |= {
+            "tokens": sum(map(len, side.rows)),
+            "tflop": needed / 1e12,
+            "flop_done": done[i] and done[i] / needed,
+        }
+        line |= {"seconds": seconds, "peak_gib": peaks[i] / memory.GIB}
+        line["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / seconds
+        line["utilisation"] = needed / seconds / bench.peak_flops
+        line["gradient_difference"] = differences[i]
+        lines.append(line)
+        line["seconds_ratio"] = seconds / lines[0]["seconds"]
+        line["peak_ratio"] = peaks[i] / peaks[0]
     return lines
 
 
@@ -270,9 +249,7 @@ def linear_cost(bench: Bench, rollouts: list[Rollout], counts: list[int]) -> dic
     for count in counts:
         side = bench.packed(rollouts[:count])
         run_passes(bench.model, side)
-        runs = [
-            seconds_of(lambda s=side: training_step(bench, s), bench.device) for _ in range(bench.repeats)
-        ]
+        runs = [seconds_of(training_step, bench, side) for _ in range(bench.repeats)]
         seconds.append(statistics.median(runs))
     slope, start = np.polyfit(counts, seconds, 1)
     off = np.array(seconds) - (start + slope * np.array(counts))
@@ -281,7 +258,7 @@ def linear_cost(bench: Bench, rollouts: list[Rollout], counts: list[int]) -> dic
         for row in side.rows:
             sdar.attention_over(row, side.attention)
 
-    mask = min(seconds_of(masks, bench.device) for _ in range(3))
+    mask = min(seconds_of(masks) for _ in range(3))
     return {
         "trajectories": counts,
         "seconds": seconds,
@@ -290,7 +267,7 @@ def linear_cost(bench: Bench, rollouts: list[Rollout], counts: list[int]) -> dic
         "mask_share": mask / seconds[-1],
         "mask_ms_per_row": 1e3 * mask / len(side.rows),
         "tokens_per_row": statistics.mean(len(row) for row in side.rows),
-        "layout_share": seconds_of(lambda: bench.packed(rollouts[: counts[-1]]), bench.device) / seconds[-1],
+        "layout_share": seconds_of(bench.packed, rollouts[: counts[-1]]) / seconds[-1],
     }
 
 
@@ -304,67 +281,38 @@ def recompilations(bench: Bench, rollouts: list[Rollout]) -> int:
     return counters["stats"]["unique_graphs"] - before
 
 
-def log_normal(count: int, limit: int, block_size: int) -> list[int]:
-    """`count` lengths up to `limit`, log-normal (sigma 0.8), mean a quarter of it; whole blocks shorter."""
-    draws = np.random.default_rng(0).lognormal(0, 0.8, count)
-    for _ in range(20):  # cutting at the limit lowers the mean
-        draws = np.minimum(draws * limit / 4 / draws.mean(), limit)
-    return [limit - int(limit - n) // block_size * block_size for n in draws]
-
-
-def read_rollouts(path: str, block_size: int, vocabulary: int, count: int) -> list[Rollout]:
-    """The first `count` trajectories of a rollouts.jsonl (dipo.py): lengths and step maps, random tokens.
-
-    Raises:
-        InputError: a row without prompt_tokens or steps, or one that is no whole blocks.
-    """
-    rng, rollouts = random.Random(0), []
-    for where, row in read_rows(path)[:count]:
-        prompt, steps = row.get("prompt_tokens"), row.get("steps")
-        if type(prompt) is not int or prompt < 1:
-            raise InputError(f"{where}: prompt_tokens is {prompt!r}, expected a positive integer")
-        if not isinstance(steps, list) or not steps or any(type(s) is not int or s < 1 for s in steps):
-            raise InputError(f"{where}: steps is no list of positive integers, one per response token")
-        if (prompt + len(steps)) % block_size:
-            raise InputError(f"{where}: {prompt} + {len(steps)} tokens are no blocks of {block_size}")
-        ids = [rng.randrange(vocabulary) for _ in range(prompt + len(steps))]
-        rollouts.append(Rollout.of(ids[:prompt], ids[prompt:]))
-        rollouts[-1].steps = steps
-    return rollouts
-
-
 def matmul_peak() -> float:
     """FLOP/s of a large float32 matrix product on this CPU, the best of five."""
     a = torch.randn(1536, 1536)
-    return 2 * 1536**3 / min(seconds_of(lambda: a @ a, a.device) for _ in range(5))
+    return 2 * 1536**3 / min(seconds_of(torch.mm, a, a) for _ in range(5))
 
 
 def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
-    """The network of that shape with random weights and its optimizer, after the check in float32; and
-    what its weights and moments are kept in."""
-    cuda = options.device == "cuda"
-    config = sdar.SDARConfig(**SMALL) if shape == "small" else memory.model_config(shape)
+    """The network of that shape with random weights and its optimizer, and the precision of the two.
+
+    On CUDA in bfloat16, after a check in float32 on a short trajectory; weights and moments stay in
+    float32 if that leaves room for activations.
+    """
+    config, cuda = memory.model_config(shape), options.device == "cuda"
     torch.manual_seed(0)
+    torch.compiler.reset()  # every shape has the whole recompile limit
     model = memory.build(config, options.device, torch.float32)
-    kept = "float32 weights and moments"
-    bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, 0, "float32")
+    bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, PEAK_FLOPS)
+    kept = "float32"
     if cuda:
         memory.checkpoint_layers(model, "full")
         short = [random_trajectory(130, 510, options.tpf, options.block_size, bench.mask_id)]
-        sides = [bench.packed(short), bench.published(short, "float32", "dense")]
-        check_exact(model, sides[1], sides[:1], 1e-3)
-        bench.precision = "bfloat16"
-        size = 16 * memory.parameters(config)["all"]
-        if size < 0.6 * torch.cuda.get_device_properties(0).total_memory:
-            shard(model, 1, "bfloat16")
+        check_exact(model, bench.published(short, "", "dense"), [bench.packed(short)], 1e-3)
+        torch.compiler.reset()
+        room = torch.cuda.get_device_properties(0).total_memory
+        if 16 * memory.parameters(config)["all"] < 0.6 * room:
+            shard(model, 1, "bfloat16")  # FSDP2 on one GPU: mixed precision
         else:
             model.to(torch.bfloat16)
-            kept = "bfloat16 weights and moments"
+            kept = "bfloat16"
+    else:
+        bench.peak_flops = matmul_peak()
     bench.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda)
-    name = torch.cuda.get_device_name() if cuda else ""
-    bench.peak_flops = (
-        next((v for k, v in PEAK_FLOPS.items() if k in name), 989e12) if cuda else matmul_peak()
-    )
     return bench, kept
 
 
@@ -372,7 +320,7 @@ def run_shape(shape: str, options: Namespace) -> dict[str, Any]:
     """All cases of one shape."""
     bench, kept = prepare(shape, options)
     b, cuda = options.block_size, options.device == "cuda"
-    plain = ["flex"] if cuda else ["joint", "dense"]
+    plain = ["flex"] if cuda else ["dense", "joint"]  # the first is the reference
 
     def trajectories(lengths: list[int]) -> list[Rollout]:
         how = (options.tpf, b, bench.mask_id)
@@ -382,7 +330,7 @@ def run_shape(shape: str, options: Namespace) -> dict[str, Any]:
         sides = [bench.packed(rollouts)]
         sides += [bench.published(rollouts, "unpadded", attention) for attention in plain]
         if not cuda:
-            sides.append(bench.published(rollouts, f"{b} rounds a batch", plain[0], together=True))
+            sides.append(bench.published(rollouts, f"{b} rounds a batch", plain[-1], together=True))
         if limit:
             sides += [bench.published(rollouts, f"padded to {limit}", a, limit) for a in plain]
         return measure(bench, case, rollouts, sides)
@@ -391,19 +339,22 @@ def run_shape(shape: str, options: Namespace) -> dict[str, Any]:
     if options.rollouts:
         recorded = read_rollouts(options.rollouts, b, bench.mask_id, options.trajectories)
         longest = max(len(r.prompt_ids) + len(r.response_ids) for r in recorded)
+        if (options.limit or longest) < longest:
+            raise InputError(f"argument --limit: a recorded trajectory has {longest} tokens")
         result["lines"] = compare(f"{len(recorded)} recorded", recorded, options.limit or longest)
         return result
-    full_length = trajectories([options.response] * options.trajectories)
-    spread = trajectories(log_normal(options.trajectories, options.response, b))
-    result["lines"] = compare(f"{options.prompt} + {options.response}", full_length[:1], 0)
-    if not cuda or shape == options.shape[0]:  # the long part, once
+    equal = trajectories([options.response] * options.trajectories)
+    once = not cuda or shape == options.shape[0]  # what would take long with every shape
+    if cuda and once:  # first, so that the third batch is the third
+        lengths = [options.response - 36 * b * i for i in range(6)]
+        result["recompilations"] = recompilations(bench, trajectories(lengths))
+    result["lines"] = compare(f"{options.prompt} + {options.response}", equal[:1], 0)
+    if once:
+        spread = trajectories(log_normal(options.trajectories, options.response, b))
         title = f"{len(spread)} log-normal up to {options.response}"
         result["lines"] += compare(title, spread, options.prompt + options.response)
         counts = [2**i for i in range(20) if 2**i <= options.trajectories]
-        result["linear"] = linear_cost(bench, full_length, counts)
-    if cuda:
-        lengths = [options.response - 36 * b * i for i in range(8)]
-        result["recompilations"] = recompilations(bench, trajectories(lengths))
+        result["linear"] = linear_cost(bench, equal, counts) if len(counts) > 1 else None
     return result
 
 
@@ -413,10 +364,14 @@ def report(result: dict[str, Any]) -> str:
     def row(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    out = [f"### {result['shape']}, {result['kept']}\n", row(heading for heading, _ in COLUMNS.values())]
+    out = [
+        f"### {result['shape']}, weights and moments in {result['kept']}\n",
+        row(heading for heading, _ in COLUMNS.values()),
+    ]
     out.append(row("---" for _ in COLUMNS))
     for line in result["lines"]:
-        out.append(row(format(line[name], form) for name, (_, form) in COLUMNS.items()))
+        cells = ((line[name], form) for name, (_, form) in COLUMNS.items())
+        out.append(row("-" if value is None else format(value, form) for value, form in cells))
     if line := result.get("linear"):
         out.append(
             "\n{} to {} trajectories, packed: {:.3f} s + {:.3f} s each, R^2 {:.4f}. ".format(
@@ -470,16 +425,21 @@ def parse(argv: list[str]) -> Namespace:
     return options
 
 
+def machine(device: str) -> str:
+    """What this runs on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    about = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in about if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def main(argv: list[str]) -> None:
     """Print a table per shape."""
     options = parse(argv)
-    cuda = options.device == "cuda"
-    machine = (
-        torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    about = {"date": str(date.today()), "machine": machine, "torch": torch.__version__}
-    about["command"] = " ".join(["python benchmarks/train_step.py", *argv])
-    print(f"`{about['command']}`, {about['date']}, {machine}, torch {torch.__version__}\n")
+    about = {"command": " ".join(["python benchmarks/train_step.py", *argv]), "date": str(date.today())}
+    about |= {"machine": machine(options.device), "torch": torch.__version__}
+    print("`{command}`, {date}, {machine}, torch {torch}\n".format(**about))
     results = []
     for shape in options.shape:
         results.append(run_shape(shape, options))
