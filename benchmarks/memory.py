@@ -46,25 +46,26 @@ from masking import InputError
 
 GIB = 2**30
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
-QWEN3 = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936, "rms_norm_eps": 1e-6}
-SHAPES: dict[str, dict[str, Any]] = {  # the config.json of Qwen3, which SDAR was trained from
-    "1.7B": QWEN3
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
-    | {"num_attention_heads": 16, "tie_word_embeddings": True},
-    "4B": QWEN3
-    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36}
-    | {"num_attention_heads": 32, "tie_word_embeddings": True},
-    "8B": QWEN3
-    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-    | {"num_attention_heads": 32, "tie_word_embeddings": False},
-    "30B-A3B": QWEN3
-    | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
-    | {"num_attention_heads": 32, "tie_word_embeddings": False, "num_key_value_heads": 4}
-    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
-    "small": QWEN3  # for the CPU; wider weights, since flat distributions would hide an error
-    | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "initializer_range": 0.1}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096}
-    | {"tie_word_embeddings": False},
+
+
+def qwen3(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int = 8, **more
+) -> dict[str, Any]:
+    """Fields of a config.json of Qwen3, which SDAR was trained from."""
+    fields = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    fields |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128}
+    return fields | {"vocab_size": 151936, "tie_word_embeddings": False} | more
+
+
+SHAPES = {
+    "1.7B": qwen3(2048, 6144, 28, 16, tie_word_embeddings=True),
+    "4B": qwen3(2560, 9728, 36, 32, tie_word_embeddings=True),
+    "8B": qwen3(4096, 12288, 36, 32),
+    "30B-A3B": qwen3(
+        2048, 6144, 48, 32, 4, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768
+    ),
+    # for the CPU; wider weights, since flat distributions would hide an error
+    "small": qwen3(256, 768, 4, 4, 2, head_dim=64, vocab_size=4096, initializer_range=0.1),
 }
 
 
