@@ -56,8 +56,8 @@ DEFAULTS = {
     | {"token_budget": 32768, "repeats": 1},
 }
 PEAK_FLOPS = 989e12  # per second, of an H100 or H200 in dense bfloat16
-# Largest relative difference of gradients. bfloat16 rounds every activation to 8 bits, in another order.
-TOLERANCE = {"cpu": 1e-4, "cuda": 0.1}
+# Largest relative difference of gradients. In bfloat16, 28 layers differ by about 0.01 from rounding alone.
+TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}
 SDPA = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch's counter knows CUDA's only
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 CPU_ATTENTION = {
