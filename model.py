@@ -318,6 +318,11 @@ class SDARMoeForCausalLM(BlockDiffusion, Qwen3MoeForCausalLM):
 
     config_class = SDARMoeConfig
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers would look into this file for how Qwen3-MoE is written, not find it, and
+        # compute one expert after the other instead of all in one grouped product
+
 
 def attend(module, query, key, value, attention_mask, scaling, visible, **_):
     """transformers' attention hook: query [S, H, T, D], key and value [S, KV, T, D] -> [S, T, H, D]."""
@@ -496,7 +501,7 @@ class JointRow:
         q_tags, kv_tags = [t[:, :, None] for t in tags], [t[:, None, : self.num_keys] for t in tags]
         own = (q_tags[1] == kv_tags[1]) & (q_tags[2] == kv_tags[2])  # scored with the group instead
         seen = visible(*q_tags, *kv_tags) & (kv_tags[2] == 0) & ~own & valid[:, None, : self.num_keys]
-        self.bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+        self.bias = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
 
     def _split(self, t: torch.Tensor) -> torch.Tensor:
         """[1, H, N, D] -> [S, H, T, D]."""
@@ -509,12 +514,12 @@ class JointRow:
         (s, t), b, n = self.shape, self.group, self.num_keys
         q, k, v = self._split(q * scaling), self._split(k), self._split(v)
         q = q.reshape(s, kv_heads, -1, dim)  # heads that share a key head, one after the other
-        bias = self.bias[:, None, None]  # [S, 1, 1, T, L]
+        bias = self.bias[:, None, None].to(q.dtype)  # [S, 1, 1, T, L]
         clean = (q @ k[:, :, :n].transpose(2, 3)).view(s, kv_heads, -1, t, n) + bias
         grouped_q = q.view(s, kv_heads, -1, t // b, b, dim)
         grouped_k, grouped_v = (x.reshape(s, kv_heads, 1, t // b, b, dim) for x in (k, v))
         own = (grouped_q @ grouped_k.transpose(-1, -2)).view(s, kv_heads, -1, t, b)
-        weights = torch.cat([clean, own], dim=-1).softmax(-1)
+        weights = torch.cat([clean, own], dim=-1).softmax(-1, dtype=torch.float32).to(v.dtype)
         w_clean, w_own = weights.split([n, b], dim=-1)
         out = w_clean.reshape(s, kv_heads, -1, n) @ v[:, :, :n]
         own_out = w_own.reshape(s, kv_heads, -1, t // b, b, b) @ grouped_v

@@ -7,7 +7,7 @@ Memory of one GPU while it trains, as sft.py and dipo.py place it (FSDP2, a unit
                                   the largest unit's gradient in `dtype` and in float32 while it is reduced
     kept activations              what the backward pass of one micro-batch of token_budget tokens needs
     working memory                what comes on top at the worst moment: one layer's intermediate results
-    logits                        one chunk of scored rows (model.LOGITS_PER_CHUNK)
+    logits                        one chunk of scored rows (model.SCORING_BYTES)
 
 and while it rolls out: weights and moments, the engine's copy of the weights and its key/value cache.
 
@@ -24,7 +24,6 @@ Rollouts, and the transfer of weights, are not in it.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import weakref
@@ -35,7 +34,6 @@ from typing import Any, Literal
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -123,17 +121,6 @@ def build(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> sdar.Blo
     return model.train()
 
 
-def checkpoint_layers(model: torch.nn.Module, how: str) -> None:
-    """Compute decoder layers again in the backward pass: `full` keeps only the input of each, `selective`
-    the results of matrix products and attention as well, which cost the most time; `none` keeps all."""
-    options = {"use_reentrant": False}
-    if how == "selective":
-        kept = [torch.ops.aten.mm.default, torch.ops.aten._grouped_mm.default, ATTENTION]
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
-    if how != "none":
-        model.gradient_checkpointing_enable(options)
-
-
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors made while it is on: `now` alive, and at most (`peak`).
 
@@ -171,7 +158,7 @@ class LiveBytes(TorchDispatchMode):
 class MetaRow:
     """FlexAttention's stand-in: keeps q, k, v, the result and a float32 per row and head."""
 
-    def attend(self, layer: int, q, k, v, scaling: float) -> torch.Tensor:
+    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
         return ATTENTION(q, k, v, scale=scaling)[0].transpose(1, 2)
 
 
@@ -186,7 +173,7 @@ def activation_bytes(
     experts = hasattr(config, "num_experts")  # their grouped products take bfloat16 only: scaled, then
     model = build(config, "meta", torch.bfloat16 if experts else dtype)
     scale = dtype.itemsize // model.dtype.itemsize
-    checkpoint_layers(model, checkpointing)
+    sdar.checkpoint_layers(model, checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
@@ -259,7 +246,7 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
     row = max(config.token_budget, tokens)
     kept, working = activation_bytes(shape, row, dtype, config.checkpointing)
     rows = row * config.response // tokens
-    logits = min(rows * shape.vocab_size, sdar.LOGITS_PER_CHUNK)
+    logits = min(rows * shape.vocab_size * (item + 2 * 4), sdar.SCORING_BYTES)
     weights = {
         "weights, float32": 4 * size["all"] / config.ranks,
         f"AdamW's moments, {config.moments}": 2 * moment * size["all"] / config.ranks,
@@ -269,7 +256,7 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
         "gathered units": sharded * (item * (size["rest"] + 2 * size["layer"]) + (item + 4) * largest),
         f"kept activations of {row:,} tokens": kept,
         "working memory of a layer": working,
-        "logits": logits * (item + 2 * 4),  # in `dtype`, and two copies in float32
+        "logits": logits,  # in `dtype`, and two copies in float32
     }
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * item
     answers = min(config.max_batch, -(-config.trajectories // config.ranks))

@@ -300,7 +300,8 @@ def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
     bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, PEAK_FLOPS)
     kept = "float32"
     if cuda:
-        memory.checkpoint_layers(model, "full")
+        sdar.checkpoint_layers(model, "full")
+        sdar.compile_layers(model)
         short = [random_trajectory(130, 510, options.tpf, options.block_size, bench.mask_id)]
         check_exact(model, bench.published(short, "", "dense"), [bench.packed(short)], 1e-3)
         torch.compiler.reset()

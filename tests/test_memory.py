@@ -77,7 +77,7 @@ def test_kept_activations_are_those_that_autograd_saves(fields, checkpointing):
     """Within 10 %. On a CPU SDPA keeps the N x N mask too, which FlexAttention does not."""
     config, model = small(fields)
     row, item = packed_row(), model.dtype.itemsize
-    memory.checkpoint_layers(model, checkpointing)
+    memory.sdar.checkpoint_layers(model, checkpointing)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -104,7 +104,7 @@ def test_peak_of_a_pass_is_that_of_a_real_one(fields, checkpointing):
     """Within 10 %, counted by the storages that are alive while a real network runs on the CPU."""
     config, model = small(fields)
     row = packed_row()
-    memory.checkpoint_layers(model, checkpointing)
+    memory.sdar.checkpoint_layers(model, checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with memory.LiveBytes() as live:

@@ -125,6 +125,17 @@ def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, MOE], ids=["", "moe"])
+def test_bfloat16_is_near_float32_on_the_cpu(tmp_path, changes):
+    folder = sdar.tiny(tmp_path / "tiny", **TINY, **changes)
+    row = one_row([replay(random_rollout(random.Random(i), 4), 4, 1.0) for i in range(5)], 4)
+    exact, rounded = (sdar.load(str(folder), dtype) for dtype in (torch.float32, torch.bfloat16))
+    gap = exact.score(row, Sampling()).logprobs - rounded.score(row, Sampling()).logprobs.float()
+    assert 1e-4 < gap.abs().mean() < 0.15
+    if changes:
+        assert exact.config._experts_implementation == "grouped_mm", "not one expert after the other"
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_row_equals_dense_row(tiny_model):
     """Forward only: FlexAttention has no backward pass on a CPU. It refuses leaves that want one."""
