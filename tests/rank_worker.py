@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 tests/rank_worker.py CASE FOLDER OUT
 
-Every process makes the same examples and the same groups (one seeded engine), and takes every
-world-th of them. Rank 0 writes OUT/CASE.pt: metrics, whole gradients and weights after each step.
+Every process makes the same examples and the same groups (one seeded engine); of the groups it takes
+every world-th. Rank 0 writes OUT/CASE.pt: metrics, whole gradients and weights after each step.
 """
 
 import sys
@@ -30,16 +30,16 @@ class Case:
         overrides = [f"{k}={v}" for k, v in (SETTINGS | changes).items()]
         self.config = load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
         self.run = Run(self.config)
-        self.record = []
+        self.record, self.gradients = [], []
 
         def keep(*_):
             named = self.run.model.named_parameters()
-            self.gradients = {n: sft.full(p.grad.detach()).clone() for n, p in named}
+            self.gradients.append({n: sft.full(p.grad.detach()).clone() for n, p in named})
 
         self.run.optimizer.register_step_pre_hook(keep)
 
-    def add(self, metrics: dict, sizes: list[int]) -> None:
-        """Record a finished step; `sizes`: sequences and rows of this rank."""
+    def add(self, metrics: dict, sizes: list[list[int]]) -> None:
+        """Record a finished step; `sizes`: (sequences, tokens) of each of this rank's rows."""
         per_rank = [sizes]
         if self.run.world > 1:
             per_rank = [None] * self.run.world
@@ -48,12 +48,13 @@ class Case:
         self.record.append(
             {
                 "metrics": metrics,
-                "gradients": self.gradients,
+                "gradients": self.gradients,  # of each update
                 "weights": weights,
                 "sizes": per_rank,
                 "sharded": any(hasattr(p, "placements") for p in self.run.model.parameters()),
             }
         )
+        self.gradients = []
 
 
 def examples(step: int) -> list[Example]:
@@ -68,13 +69,12 @@ def run_sft(folder: Path, out: Path, resume: bool = False) -> list[dict]:
     case = Case(SFTConfig, folder, out / "run", token_budget=60, resume=str(resume).lower())
     for step in range(case.run.step, 2):
         batch = examples(step)
-        mine = len(batch[case.run.rank :: case.run.world])
         metrics = sft_step(case.run, case.config, batch, [5 * step + i for i in range(5)])
         case.run.step += 1
         case.run.cursor += 5
         if step == 0:
             case.run.save()
-        case.add(metrics, [mine, 0])
+        case.add(metrics, [])
     return case.record
 
 
@@ -89,13 +89,16 @@ def make_groups(case: Case, folder: Path, count: int) -> list[Group]:
     return useful[:count]
 
 
-def run_dipo(folder: Path, out: Path, likelihood: str = "exact", count: int = 3) -> list[dict]:
-    """One batch of groups, two updates. A budget of one sequence per row: the rank with fewer
-    sequences than the other has to keep step by rows that count nothing."""
+def run_dipo(
+    folder: Path, out: Path, likelihood: str = "exact", count: int = 3, budget: int = 1
+) -> list[dict]:
+    """One batch of groups, two updates. A budget of one sequence per row: a rank with fewer sequences
+    than another has to keep step by rows that count nothing."""
     speed = {"rewards.accuracy": 0, "rewards.speed": 1.0, "group_size": 2, "likelihood": likelihood}
-    case = Case(DiPOConfig, folder, out / "run", token_budget=1, updates=2, **speed)
+    case = Case(DiPOConfig, folder, out / "run", token_budget=budget, updates=2, **speed)
     mine = make_groups(case, folder, count)[case.run.rank :: case.run.world]
-    sizes = [2 * len(mine), len(pack_groups(case.run, mine, case.config))]
+    packs = pack_groups(case.run, mine, case.config)[0]
+    sizes = [[len(p.trajectory.unique()), len(p)] for p in packs]
     case.add(update_policy(case.run, mine, case.config, HOW), sizes)
     return case.record
 
