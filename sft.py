@@ -36,15 +36,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from evaluate import (
@@ -61,10 +58,25 @@ from evaluate import (
     writing,
 )
 from masking import InputError, Packed, noise, pack, plan_packs, plan_ranks
-from model import BlockDiffusion, Sampling, find_folder, load, load_tokenizer, save, stop_ids, tiny
+from model import (
+    BlockDiffusion,
+    Sampling,
+    TensorFiles,
+    fill,
+    find_folder,
+    full,
+    load,
+    load_tokenizer,
+    on_meta,
+    own_rows,
+    save,
+    stop_ids,
+    tiny,
+    write_tensors,
+)
 from rollout import Decoding, Engine
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
 
 @dataclass
@@ -276,11 +288,8 @@ class Run:
         self.base = checkpoint or self.initial  # where the weights come from
         self.tokenizer = load_tokenizer(str(self.base))
         self.mask_id = self.tokenizer.mask_token_id
-        self.model = load(str(self.base), torch.float32, self.device)
+        self.model = load_for_training(str(self.base), self.world, self.device, config)
         self.block_size = choose_block_size(config.block_size, self.model.config)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(self.model, self.world, config.dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
@@ -288,7 +297,7 @@ class Run:
             weight_decay=config.weight_decay,
         )
         if checkpoint:
-            self._restore(checkpoint / "optimizer.safetensors")
+            self._restore(checkpoint)
         self.model.train()
         self.wandb = self._start_wandb()
 
@@ -396,23 +405,24 @@ class Run:
             yield name, full(parameter.detach())
 
     def save(self) -> None:
-        """Write checkpoints/step-N; it appears under that name only when it is complete."""
+        """Write checkpoints/step-N; it appears under that name only when it is complete.
+
+        Every rank writes some of the weights' files and its own shard of the optimizer state. (With
+        several machines, `out` has to be on a disk that all of them see.)
+        """
         folder = self.out / "checkpoints" / f"step-{self.step:06d}"
         if folder.exists() or self.step == 0:
             return
         part = folder.with_name(f".part-{folder.name}")
-        named = list(self.model.named_parameters())
-        weights = self._gather((name, p.detach()) for name, p in named)
-        state = self.optimizer.state
-        moments = self._gather((f"{name}.{key}", state[p][key]) for name, p in named for key in ADAM_STATE)
+        part.mkdir(parents=True, exist_ok=True)
+        save(self.model, part, self.initial, self.rank, self.world)
+        self._save_moments(part)
+        self.barrier()
         if self.rank == 0:
-            save(self.model, part, self.initial, weights.items())
-            with writing(part / "optimizer.safetensors"):
-                save_file(moments, part / "optimizer.safetensors")
             log_bytes = {f.name: f.stat().st_size for f in self.out.glob("*.jsonl")}
             counters = {"step": self.step, "cursor": self.cursor, "seed": self.config.seed}
             write_json(part / "state.json", counters | {"log_bytes": log_bytes})
-            for file in part.iterdir():
+            for file in part.glob("*.json"):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             part.rename(folder)
@@ -421,32 +431,39 @@ class Run:
                 shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
         self.barrier()
 
-    def _gather(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Whole tensors on rank 0's CPU; every rank takes part, the others keep nothing."""
-        whole = {}
-        for name, tensor in pairs:
-            tensor = full(tensor)
-            if self.rank == 0:
-                whole[name] = tensor.cpu()
-        return whole
+    def _save_moments(self, folder: Path) -> None:
+        """This rank's rows of AdamW's state.
+
+        Plain safetensors: torch.distributed.checkpoint pickles its index, and its writer for safetensors
+        (2.13) builds every file in memory first.
+        """
+        name = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
+        tensors, first_rows = {}, {}
+        for parameter_name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            for key in MOMENTS:
+                rows, first_rows[f"{parameter_name}.{key}"] = own_rows(state[key])
+                tensors[f"{parameter_name}.{key}"] = rows.cpu().contiguous()
+            tensors["step"] = state["step"].cpu().view(1)  # the same for all
+        name = name if self.world > 1 else "optimizer.safetensors"
+        write_tensors(folder / name, tensors, first_rows=json.dumps(first_rows))
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
+        moments = TensorFiles(checkpoint, "optimizer")
+        for name, parameter in self.model.named_parameters():
+            state = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            for key, tensor in state.items():
+                rows, first = own_rows(tensor)
+                if len(rows):
+                    rows.copy_(moments.rows(f"{name}.{key}", first, first + len(rows)))
+            self.optimizer.state[parameter] = state | {"step": moments.rows("step", 0, 1)[0].clone()}
 
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.out / ".part-latest"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.relative_to(self.out))
         link.replace(self.out / "latest")
-
-    def _restore(self, file: Path) -> None:
-        """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
-        try:
-            with safe_open(file, "pt") as moments:
-                for name, parameter in self.model.named_parameters():
-                    state = {key: moments.get_tensor(f"{name}.{key}") for key in ADAM_STATE}
-                    for key in ("exp_avg", "exp_avg_sq"):  # `step` stays a scalar on the CPU
-                        state[key] = like(parameter, state[key].to(self.device))
-                    self.optimizer.state[parameter] = state
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: cannot resume from it ({error})") from error
 
 
 def check_config(config: TrainConfig) -> None:
@@ -494,30 +511,29 @@ def start_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def load_for_training(name: str, world: int, device: torch.device, config: TrainConfig) -> BlockDiffusion:
+    """A checkpoint's model in float32, sharded over the ranks; several never hold a full copy each."""
+    model = load(name, torch.float32, device) if world == 1 else on_meta(name)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shard(model, world, config.dtype)
+    if world > 1:
+        fill(model, name, device)
+    return model
+
+
 def shard(model: BlockDiffusion, world: int, dtype: str) -> None:
     """FSDP2: every decoder layer is one unit, the rest another; weights and moments in float32."""
     if world == 1 and dtype == "float32":
         return
     if not dist.is_initialized():  # one process: FSDP2 still does the mixed precision
-        backend = "nccl" if model.device.type == "cuda" else "gloo"
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     register_fsdp_forward_method(model, "score")
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard (a collective call), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, sharded as the parameter is."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
 
 
 class Evaluator:

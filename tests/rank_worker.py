@@ -6,17 +6,21 @@ Every process makes the same examples and the same groups (one seeded engine); o
 every world-th. Rank 0 writes OUT/CASE.pt: metrics, whole gradients and weights after each step.
 """
 
+import gc
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+import model
 import sft
 from dipo import DiPOConfig, Group, is_useful, pack_groups, sample_groups, update_policy
 from evaluate import Question, load_config, make_engine
-from rollout import Decoding
+from masking import pack, replay
+from rollout import Decoding, Rollout
 from sft import Example, Run, SFTConfig, sft_step
 
 HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=8)
@@ -108,7 +112,47 @@ def run_lone(folder: Path, out: Path) -> list[dict]:
     return run_dipo(folder, out, "tokens", count=1)
 
 
+def private_bytes() -> int:
+    """Memory of this process that is no mapped file, so not the checkpoint's pages."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return int(line.split()[1]) * 1024
+
+
+def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
+    """Load FOLDER as training does, score a row, save it again in files of about `file_bytes`."""
+    config = load_config(SFTConfig, [f"model={folder}", f"out={out}"])
+    rank, world, device = sft.start_distributed()
+    stop, peak, before = threading.Event(), [0], private_bytes()
+
+    def watch() -> None:
+        while not stop.wait(0.001):
+            peak[0] = max(peak[0], private_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    network = sft.load_for_training(str(folder), world, device, config)
+    stop.set()
+    thread.join()
+    record = {"peak": [peak[0] - before]}
+    if world > 1:
+        record["peak"] = [0] * world
+        dist.all_gather_object(record["peak"], peak[0] - before)
+    if file_bytes:
+        model.FILE_BYTES = file_bytes
+        rows = [replay(Rollout.of(list(range(5, 11)), list(range(20, 30))), 4, 1.0)]
+        packed = pack(rows, 4, 260, 1000)[0]
+        record["logprobs"] = network.score(packed, model.Sampling()).logprobs.detach()
+        record["buffers"] = {n: b.cpu() for n, b in network.named_buffers()}
+        record["weights"] = {n: model.full(p.detach()).clone() for n, p in network.named_parameters()}
+        model.save(network, out, folder, rank, world)
+    return record
+
+
 CASES = {
+    "resume": lambda folder, out: run_sft(folder, out, resume=True),
+    "load-tied": lambda folder, out: run_load(folder.with_name("tied"), out),
+    "load-moe": lambda folder, out: run_load(folder.with_name("moe"), out),
+    "load-large": lambda folder, out: run_load(folder.with_name("large"), out, file_bytes=0),
     "sft": run_sft,
     "exact": run_dipo,
     "tokens": lambda folder, out: run_dipo(folder, out, "tokens"),
@@ -124,6 +168,7 @@ def main(names: str, folder: str, out: str) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:
             torch.save(record, Path(out) / f"{name}.pt")
     if dist.is_initialized():
+        gc.collect()  # what still refers to the process group in a cycle would abort the exit
         dist.barrier()  # no rank leaves while the other may still talk to it
         dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ same cases in this process, where nothing is sharded, and under torchrun.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import rank_worker
 import torch
 from conftest import TINY
+from safetensors.torch import load_file
 
 from model import load, tiny
 
@@ -45,11 +47,24 @@ def on_ranks(ranks: int, names: str, folder: Path, out: Path) -> dict[str, list[
     return {n: torch.load(out / f"{n}.pt", weights_only=False) for n in names.split(",")}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def many(request, folder, tmp_path_factory):
+def ordinary_cases(ranks: int, folder: Path, out: Path) -> tuple[int, dict[str, list[dict]], Path]:
+    return ranks, on_ranks(ranks, "sft,exact,tokens,lone", folder, out), out
+
+
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory):
     """(number of ranks, records of all ordinary cases on them, their folder)."""
-    out = tmp_path_factory.mktemp("ranks") / "out"
-    return request.param, on_ranks(request.param, "sft,exact,tokens,lone", folder, out), out
+    return ordinary_cases(2, folder, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(folder, tmp_path_factory):
+    return ordinary_cases(4, folder, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(params=["two", "four"])
+def many(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +132,87 @@ def test_ranks_without_a_useful_group(folder, many, tmp_path):
 
 
 def test_a_checkpoint_of_many_ranks_resumes_on_one(folder, many):
-    _, records, out = many
+    ranks, records, out = many
     first, second = records["sft"]
     checkpoint = out / "sft" / "run" / "checkpoints" / "step-000001"
+    assert len(list(checkpoint.glob("optimizer*"))) == ranks, "every rank writes its shard"
     saved = dict(load(str(checkpoint)).named_parameters())
     assert saved.keys() == first["weights"].keys()
     assert all(torch.equal(saved[n], first["weights"][n]) for n in saved)
     (resumed,) = rank_worker.run_sft(folder, out / "sft", resume=True)
     assert not resumed["sharded"]
+    assert_same_step(resumed, first, second)
+
+
+def assert_same_step(resumed: dict, first: dict, second: dict) -> None:
+    """The second step after resuming is the one that was made without a break."""
     assert_same(resumed["gradients"][0], second["gradients"][0])
     # The same moments, so the same step: a step of lost moments would be of size lr.
-    moved = {n: resumed["weights"][n] - first["weights"][n] for n in saved}
-    assert_same(moved, {n: second["weights"][n] - first["weights"][n] for n in saved}, 1e-2)
+    moved = {n: resumed["weights"][n] - first["weights"][n] for n in first["weights"]}
+    assert_same(moved, {n: second["weights"][n] - first["weights"][n] for n in moved}, 1e-2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4)])
+def test_a_checkpoint_resumes_on_more_ranks(folder, two, tmp_path, before, after):
+    if before == 1:
+        first, second = rank_worker.run_sft(folder, tmp_path / "sft")
+    else:
+        first, second = two[1]["sft"]
+        shutil.copytree(two[2] / "sft", tmp_path / "sft", symlinks=True)
+    (tmp_path / "sft").rename(tmp_path / "resume")
+    (resumed,) = on_ranks(after, "resume", folder, tmp_path)["resume"]
+    assert resumed["sharded"]
+    assert_same_step(resumed, first, second)
+
+
+# ------------------------------------------------------------------- loading without a full copy
+
+MOE = {
+    "model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"], "num_experts": 6,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1,
+    "norm_topk_prob": True, "mlp_only_layers": [1],
+}  # fmt: skip
+KINDS = {
+    # sizes that two ranks and four cannot share evenly, down to fewer rows than ranks
+    "tied": TINY | {"tie_word_embeddings": True, "hidden_size": 54, "num_hidden_layers": 3, "head_dim": 2},
+    "moe": TINY | MOE,
+    "large": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(folder):
+    for kind, changes in KINDS.items():
+        tiny(folder.with_name(kind), **changes)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_read_their_own_rows_hold_what_from_pretrained_does(kinds, tmp_path, ranks):
+    names = ["load-tied", "load-moe"]
+    records = on_ranks(ranks, ",".join(names), kinds, tmp_path)
+    for name in names:
+        source = kinds.with_name(name.removeprefix("load-"))
+        wanted = rank_worker.run_load(source, tmp_path / "one")
+        for part in ("weights", "buffers"):
+            found = records[name][part]
+            assert found.keys() == wanted[part].keys()
+            assert all(torch.equal(found[n], tensor) for n, tensor in wanted[part].items()), part
+        assert torch.allclose(records[name]["logprobs"], wanted["logprobs"], rtol=1e-5, atol=1e-6)
+        # Written in several files, by all ranks, it is the checkpoint that it was.
+        saved = tmp_path / name
+        assert len(list(saved.glob("model-*"))) > ranks
+        tensors, original = ({k: v for f in d.glob("*.safetensors") for k, v in load_file(f).items()}
+                             for d in (saved, source))  # fmt: skip
+        assert tensors.keys() == original.keys()
+        assert all(torch.equal(tensors[n], original[n]) for n in original)
+        again = dict(load(str(saved)).named_parameters())
+        assert all(torch.equal(again[n], wanted["weights"][n]) for n in wanted["weights"])
+
+
+def test_no_rank_holds_a_full_copy_while_loading(kinds, tmp_path):
+    size = sum(f.stat().st_size for f in kinds.with_name("large").glob("*.safetensors"))
+    peaks = on_ranks(4, "load-large", kinds, tmp_path)["load-large"]["peak"]
+    print(f"private memory while loading {size / 2**20:.0f} MiB: {[p // 2**20 for p in peaks]} MiB")
+    assert min(peaks) > 0.2 * size, "a rank does hold a quarter, or this measures nothing"
+    assert max(peaks) < 0.5 * size
