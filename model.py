@@ -543,10 +543,13 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({vocabulary[n] for n in names if n in vocabulary})
 
 
-def write_tensors(file: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """A safetensors file that is on the disk when this returns."""
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value: str) -> None:
+    """A safetensors file with one entry of metadata (of several, the order would be by chance).
+
+    It is on the disk when this returns.
+    """
     with writing(file):
-        save_file(tensors, file, {"format": "pt", **metadata})
+        save_file(tensors, file, {key: value})
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 
@@ -582,7 +585,7 @@ def save(model: BlockDiffusion, folder: Path, source: Path, rank: int = 0, ranks
                     if number == rank:
                         mine[published] = view.to("cpu", copy=True).contiguous()
         if mine:
-            write_tensors(folder / names[start + rank], mine)
+            write_tensors(folder / names[start + rank], mine, "format", "pt")
     if rank:
         return
     if len(parts) > 1:

@@ -446,7 +446,7 @@ class Run:
                 tensors[f"{parameter_name}.{key}"] = rows.cpu().contiguous()
             tensors["step"] = state["step"].cpu().view(1)  # the same for all
         name = name if self.world > 1 else "optimizer.safetensors"
-        write_tensors(folder / name, tensors, first_rows=json.dumps(first_rows))
+        write_tensors(folder / name, tensors, "first_rows", json.dumps(first_rows))
 
     def _restore(self, checkpoint: Path) -> None:
         """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
