@@ -37,8 +37,10 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -76,6 +78,7 @@ from model import (
 )
 from rollout import Decoding, Engine
 
+BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
 
@@ -99,7 +102,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
     token_budget: int = 16384  # packed tokens per forward pass and rank
     reduce_once: bool = True  # sum gradients over ranks once per update; holds them whole till then
-    gradient_checkpointing: bool = False  # trade time for memory
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice, not kept
+    compile: bool = False  # torch.compile of every decoder layer
+    cpu_offload: bool = False  # weights, gradients and moments wait in the host's memory
     save_every: int = 0  # steps between checkpoints; 0: only the last
     keep_checkpoints: int = 2  # how many stay on disk
     eval_data: str = ""  # question file evaluated during training; empty: none
@@ -295,6 +300,7 @@ class Run:
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,
         )
         if checkpoint:
             self._restore(checkpoint)
@@ -457,7 +463,9 @@ class Run:
                 rows, first = own_rows(tensor)
                 if len(rows):
                     rows.copy_(moments.rows(f"{name}.{key}", first, first + len(rows)))
-            self.optimizer.state[parameter] = state | {"step": moments.rows("step", 0, 1)[0].clone()}
+            home = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+            step = moments.rows("step", 0, 1)[0].to(home, copy=True)
+            self.optimizer.state[parameter] = state | {"step": step}
 
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.out / ".part-latest"
@@ -505,7 +513,7 @@ def start_distributed() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(BACKEND if cuda else "gloo", timeout=timedelta(hours=2))
     if not dist.is_initialized():
         return 0, 1, device
     return dist.get_rank(), dist.get_world_size(), device
@@ -513,26 +521,38 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 def load_for_training(name: str, world: int, device: torch.device, config: TrainConfig) -> BlockDiffusion:
     """A checkpoint's model in float32, sharded over the ranks; several never hold a full copy each."""
-    model = load(name, torch.float32, device) if world == 1 else on_meta(name)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    shard(model, world, config.dtype)
+    home = "cpu" if config.cpu_offload else device  # FSDP2 brings what is needed to the device
+    model = load(name, torch.float32, home) if world == 1 else on_meta(name)
+    prepare_layers(model, config)
+    shard(model, world, config.dtype, config.cpu_offload)
     if world > 1:
-        fill(model, name, device)
+        fill(model, name, device, home)
     return model
 
 
-def shard(model: BlockDiffusion, world: int, dtype: str) -> None:
+def prepare_layers(model: BlockDiffusion, config: TrainConfig) -> None:
+    """Checkpointing and compilation of the decoder layers, before they are sharded."""
+    if config.checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def shard(model: BlockDiffusion, world: int, dtype: str, cpu_offload: bool = False) -> None:
     """FSDP2: every decoder layer is one unit, the rest another; weights and moments in float32."""
-    if world == 1 and dtype == "float32":
+    if world == 1 and dtype == "float32" and not cpu_offload:
         return
+    cuda = torch.cuda.is_available()
     if not dist.is_initialized():  # one process: FSDP2 still does the mixed precision
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+        dist.init_process_group(BACKEND if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    policy = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if cpu_offload else OffloadPolicy(),
+    }
     for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, **policy)
+    fully_shard(model, **policy)
     register_fsdp_forward_method(model, "score")
 
 

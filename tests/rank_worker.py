@@ -68,9 +68,9 @@ def examples(step: int) -> list[Example]:
     return [Example(rng.integers(0, 250, p + r).tolist(), p) for p, r in sizes]
 
 
-def run_sft(folder: Path, out: Path, resume: bool = False) -> list[dict]:
+def run_sft(folder: Path, out: Path, resume: bool = False, **changes) -> list[dict]:
     """Two steps with a checkpoint after the first, or the second alone after resuming."""
-    case = Case(SFTConfig, folder, out / "run", token_budget=60, resume=str(resume).lower())
+    case = Case(SFTConfig, folder, out / "run", token_budget=60, resume=str(resume).lower(), **changes)
     for step in range(case.run.step, 2):
         batch = examples(step)
         metrics = sft_step(case.run, case.config, batch, [5 * step + i for i in range(5)])
@@ -148,7 +148,10 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
     return record
 
 
+FRUGAL = {"cpu_offload": "true", "checkpointing": "full", "reduce_once": "false"}
+
 CASES = {
+    "frugal": lambda folder, out: run_sft(folder, out, **FRUGAL),
     "resume": lambda folder, out: run_sft(folder, out, resume=True),
     "load-tied": lambda folder, out: run_load(folder.with_name("tied"), out),
     "load-moe": lambda folder, out: run_load(folder.with_name("moe"), out),

@@ -99,6 +99,17 @@ def test_sft(folder, many, tmp_path):
     assert_same_metrics(again["metrics"], wanted[1]["metrics"], ["loss"])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_options_that_save_memory_change_nothing(folder, two, tmp_path, ranks):
+    """CPU offload, checkpointing and a reduction after every pass; a process alone is sharded as well."""
+    wanted = two[1]["sft"]
+    found = on_ranks(ranks, "frugal", folder, tmp_path)["frugal"]
+    assert found[0]["sharded"]
+    for step in (0, 1):
+        assert_same(found[step]["gradients"][0], wanted[step]["gradients"][0], (1e-5, 1e-4)[step])
+    assert_same(found[0]["weights"], wanted[0]["weights"], 1e-4)
+
+
 @pytest.mark.parametrize("likelihood", ["tokens", "exact"])
 def test_dipo(many, one, likelihood):
     ranks, found, wanted = many[0], many[1][likelihood][0], one[likelihood]
