@@ -254,8 +254,8 @@ def deal(run: Run, records: list, sizes: list[int], token_budget: int) -> tuple[
     Returns:
         The records that are this rank's now, and its rows as indices into them.
 
-    Nearly every record changes its rank. At 512 rollouts of 4,096 tokens per rank that is about 55 MB
-    to send and to receive, well under a second, where the training pass takes a minute.
+    Nearly every record changes its rank. A rollout is 26 bytes per token: 512 of 4,096 tokens on every
+    rank are 53 MB to send and to receive and 0.4 s of pickling, once per batch of rollouts.
     """
     if run.world == 1:
         return records, plan_packs(sizes, token_budget)
