@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
-FILE_BYTES = 4 * 2**30  # of a checkpoint's weights, about
 LOGITS_PER_CHUNK = 2**25  # logits held at once while scoring: 128 MiB in float32
 
 
@@ -554,10 +553,17 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value:
             os.fsync(handle.fileno())
 
 
-def save(model: BlockDiffusion, folder: Path, source: Path, rank: int = 0, ranks: int = 1) -> None:
+def save(
+    model: BlockDiffusion,
+    folder: Path,
+    source: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    file_bytes: int = 4 * 2**30,
+) -> None:
     """Write a Hugging Face folder that loads wherever `source` does; call on every rank.
 
-    The weights go to files of about FILE_BYTES, which the ranks write at the same time, `ranks` of them
+    The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
     in a round: no rank holds more than one at once. Everything else (config.json, tokenizer, chat
     template, published modelling code) is copied from `source` byte for byte, so that no version of
     transformers rewrites it.
@@ -566,9 +572,9 @@ def save(model: BlockDiffusion, folder: Path, source: Path, rank: int = 0, ranks
     files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
     contents = {file.name: file.read_bytes() for file in files}  # `source` may be `folder`
     folder.mkdir(parents=True, exist_ok=True)
-    parts, used = [], FILE_BYTES
+    parts, used = [], file_bytes
     for name, parameter in model.named_parameters():
-        if used + parameter.nbytes > FILE_BYTES:
+        if used + parameter.nbytes > file_bytes:
             parts.append([])
             used = 0
         parts[-1].append((name, parameter))

@@ -138,13 +138,12 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
         record["peak"] = [0] * world
         dist.all_gather_object(record["peak"], peak[0] - before)
     if file_bytes:
-        model.FILE_BYTES = file_bytes
         rows = [replay(Rollout.of(list(range(5, 11)), list(range(20, 30))), 4, 1.0)]
         packed = pack(rows, 4, 260, 1000)[0]
         record["logprobs"] = network.score(packed, model.Sampling()).logprobs.detach()
         record["buffers"] = {n: b.cpu() for n, b in network.named_buffers()}
         record["weights"] = {n: model.full(p.detach()).clone() for n, p in network.named_parameters()}
-        model.save(network, out, folder, rank, world)
+        model.save(network, out, folder, rank, world, file_bytes)
     return record
 
 
