@@ -48,10 +48,10 @@ from evaluate import (
     run_script,
     writing,
 )
-from masking import HOLD, InputError, Packed, replay
-from model import BlockDiffusion, load
+from masking import HOLD, InputError, Packed, pack, replay
+from model import BlockDiffusion
 from rollout import Decoding, Engine, generate_all
-from sft import Evaluator, Run, Stopwatch, TrainConfig, data_order, pack_for_ranks, shard
+from sft import Evaluator, Run, Stopwatch, TrainConfig, data_order, deal, load_for_training, micro_batches
 
 
 @dataclass
@@ -284,17 +284,25 @@ def action_weight(
     return 1 / (tokens * config.group_size * all_groups)
 
 
-def pack_groups(run: Run, groups: list[Group], config: DiPOConfig) -> list[Packed]:
-    """This rank's rollouts as packed rows, weighted by the global normaliser."""
+def pack_groups(run: Run, groups: list[Group], config: DiPOConfig) -> tuple[list[Packed], torch.Tensor]:
+    """This rank's even share of all ranks' rollouts as packed rows, and each trajectory's advantage.
+
+    The rows are weighted by the global normaliser; `Packed.trajectory` indexes the advantages.
+    """
     tokens = sum(g.num_tokens for g in groups)
     all_groups, all_tokens = run.sum_over_ranks(len(groups), tokens)
-    views = []
+    records, sizes = [], []
     for group in groups:
-        for answer in group.answers:
+        for answer, advantage in zip(group.answers, advantages(group, config), strict=True):
             r = answer.rollout
             weight = action_weight(config, group, len(r.response_ids), all_groups, all_tokens)
-            views.append(replay(r, run.block_size, weight, exact=config.likelihood == "exact"))
-    return pack_for_ranks(run, views, config.token_budget)
+            records.append((r, weight, advantage))
+            sizes.append(len(r.prompt_ids) + len(r.response_ids) + run.block_size * r.num_steps)
+    records, rows = deal(run, records, sizes, config.token_budget)
+    exact = config.likelihood == "exact"
+    views = [replay(rollout, run.block_size, weight, exact) for rollout, weight, _ in records]
+    packs = pack(views, run.block_size, run.mask_id, config.token_budget, rows)
+    return packs, torch.tensor([advantage for _, _, advantage in records], device=run.device)
 
 
 def update_policy(
@@ -305,8 +313,8 @@ def update_policy(
     reference: BlockDiffusion | None = None,
 ) -> dict[str, float]:
     """All optimizer updates on one batch of groups."""
-    packs = [p.to(run.device) for p in pack_groups(run, groups, config)]
-    advantage = torch.tensor([a for g in groups for a in advantages(g, config)], device=run.device)
+    packs, advantage = pack_groups(run, groups, config)
+    packs = [p.to(run.device) for p in packs]
     old = references = [None] * len(packs)
     with torch.no_grad():
         if config.updates > 1:  # with one update, the policy that sampled is the policy now
@@ -316,8 +324,9 @@ def update_policy(
     sums: dict[str, float] = {}
     gap_max = 0.0
     for update in range(config.updates):
-        bar = tqdm(packs, desc="train", unit="pack", leave=False, disable=run.rank > 0)
-        for packed, old_logprobs, reference_logprobs in zip(bar, old, references, strict=True):
+        rows = list(zip(packs, old, references, strict=True))
+        bar = tqdm(rows, desc="train", unit="pack", leave=False, disable=run.rank > 0)
+        for packed, old_logprobs, reference_logprobs in micro_batches(run, bar):
             scores = run.model.score(packed, how)
             if old_logprobs is None:
                 old_logprobs = scores.logprobs.detach()
@@ -409,8 +418,7 @@ def main(argv: list[str]) -> None:
     engine = run.make_engine()
     reference = None
     if config.kl_beta:
-        reference = load(str(run.initial), torch.float32, run.device).requires_grad_(False)
-        shard(reference, run.world, config.dtype)
+        reference = load_for_training(str(run.initial), run.world, run.device, config).requires_grad_(False)
     how = Decoding.from_config(config)
     order = data_order(len(questions), config.seed, run.cursor)
     bar = tqdm(total=config.steps, initial=run.step, desc="dipo", unit="step", disable=run.rank > 0)

@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
@@ -64,7 +67,7 @@ from masking import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
 LOG_FLOOR = -20.7  # log(1e-9): no action is scored as less likely, so no ratio is infinite
 FLOOR = math.exp(LOG_FLOOR)
@@ -587,14 +590,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
         InputError: no folder, no config, not an SDAR model, missing or damaged weights.
     """
     folder = find_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}/config.json: not a model config ({_first(error)})") from error
-    if config.model_type not in ("sdar", "sdar_moe"):
-        raise InputError(f"{folder}/config.json: model_type is {config.model_type}, expected sdar")
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"{folder}: no weights, expected model.safetensors")
+    config = _read_config(folder)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -612,6 +608,134 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> 
             name = min(k if isinstance(k, str) else k[0] for k in report[problem])
             raise InputError(f"{folder}: {problem.removesuffix('_keys')} tensor {name}")
     return model.to(device)
+
+
+def _read_config(folder: Path) -> SDARConfig | SDARMoeConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}/config.json: not a model config ({_first(error)})") from error
+    if config.model_type not in ("sdar", "sdar_moe"):
+        raise InputError(f"{folder}/config.json: model_type is {config.model_type}, expected sdar")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no weights, expected model.safetensors")
+    return config
+
+
+# What follows up to `save` is for models that no single rank could hold: built without memory
+# (`on_meta`), sharded (sft.py), then filled by every rank with its own rows of the files (`fill`).
+
+
+class TensorFiles:
+    """Tensors in the files FOLDER/STEM*.safetensors, read by rows; opening them reads their headers.
+
+    A file may hold some rows of a tensor only. Its metadata then has `first_rows`, a JSON object of the
+    first row that it has of each tensor.
+
+    Raises:
+        InputError: a file that cannot be read, a tensor or rows of it that are in none of them.
+    """
+
+    def __init__(self, folder: Path, stem: str):
+        self.parts: dict[str, list[tuple[int, object]]] = {}  # of each tensor: first row, slice
+        self.where = folder / f"{stem}.safetensors"
+        for file in sorted(folder.glob(f"{stem}*.safetensors")):
+            try:
+                opened = safe_open(file, "pt")
+                first = json.loads((opened.metadata() or {}).get("first_rows", "{}"))
+                for name in opened.keys():  # noqa: SIM118, it is no mapping
+                    self.parts.setdefault(name, []).append((first.get(name, 0), opened.get_slice(name)))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise InputError(f"{file}: cannot read it ({_first(error)})") from error
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        sizes = [[first + part.get_shape()[0], *part.get_shape()[1:]] for first, part in self.parts[name]]
+        return max(sizes)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, ...] of the tensor; it may be memory of the mapped file, so copy it."""
+        found = []
+        for first, part in sorted(self.parts.get(name, []), key=lambda item: item[0]):
+            end = min(stop, first + part.get_shape()[0])
+            if first <= start < end:
+                found.append(part[start - first : end - first])
+                start = end
+        if start < stop:
+            raise InputError(f"{self.where}: no rows {start} to {stop} of tensor {name}")
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(what this rank holds of a tensor that fully_shard cut along its rows, the first row's number)."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    mesh = tensor.device_mesh  # as torch.chunk does: equal parts, the last ones shorter or empty
+    per_rank = -(-len(tensor) // mesh.size())
+    return tensor.to_local(), min(mesh.get_local_rank() * per_rank, len(tensor))
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a shard (a collective call), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_published(name: str, rows: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """Rows of a parameter as (name, view, first row) of the tensors that a checkpoint has for them.
+
+    They are the same, except that transformers fuses what published files keep one by one: experts are
+    [E, 2I, H] (gate above up) and [E, H, I] here, gate_proj, up_proj and down_proj of each there.
+    """
+    head, kind = name.rsplit(".", 1)
+    if not head.endswith(".experts"):
+        yield name, rows, first
+        return
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    for number, expert in enumerate(rows, start=first):
+        for kind, view in zip(kinds, expert.chunk(len(kinds)), strict=True):
+            yield f"{head}.{number}.{kind}.weight", view, 0
+
+
+def on_meta(name: str, dtype: torch.dtype = torch.float32) -> BlockDiffusion:
+    """The model of a checkpoint without its weights and without memory for them; then shard, `fill`.
+
+    Raises:
+        InputError: as `load`, all problems with names and shapes of tensors included.
+    """
+    folder = find_folder(name)
+    config = _read_config(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdar")
+    model.tie_weights()
+    files = TensorFiles(folder, "model")
+    wanted = {n: list(t.shape) for p in model.named_parameters() for n, t, _ in as_published(*p)}
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+    if missing := wanted.keys() - files.parts.keys():
+        raise InputError(f"{folder}: missing tensor {min(missing)}")
+    if unexpected := files.parts.keys() - wanted.keys() - tied:
+        raise InputError(f"{folder}: unexpected tensor {min(unexpected)}")
+    if mismatched := [n for n, shape in wanted.items() if files.shape(n) != shape]:
+        raise InputError(f"{folder}: mismatched tensor {min(mismatched)}")
+    return model
+
+
+@torch.no_grad()
+def fill(model: BlockDiffusion, name: str, device: torch.device | str, weights_on: str = "") -> None:
+    """Give a model that was built `on_meta` its memory and its weights, of which a rank reads its own.
+
+    Args:
+        device: where it computes.
+        weights_on: where the weights wait if not there (CPU offload).
+    """
+    model.to_empty(device=weights_on or device)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # the only one with buffers, which no file has
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    files = TensorFiles(find_folder(name), "model")
+    for parameter_name, parameter in model.named_parameters():
+        for published, view, first in as_published(parameter_name, *own_rows(parameter)):
+            if len(view):
+                view.copy_(files.rows(published, first, first + len(view)))
 
 
 @contextlib.contextmanager
@@ -664,40 +788,65 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({vocabulary[n] for n in names if n in vocabulary})
 
 
-def save(
-    model: BlockDiffusion, folder: Path, source: Path, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    """Write a Hugging Face folder that loads wherever `source` does.
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value: str) -> None:
+    """A safetensors file with one entry of metadata (of several, the order would be by chance).
 
-    Everything but the weights (config.json, tokenizer, chat template, published modelling code) is
-    copied from `source` byte for byte, so that no version of transformers rewrites it.
+    It is on the disk when this returns.
+    """
+    with writing(file):
+        save_file(tensors, file, {key: value})
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def save(
+    model: BlockDiffusion,
+    folder: Path,
+    source: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    file_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face folder that loads wherever `source` does; call on every rank.
+
+    The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
+    in a round: no rank holds more than one at once. Everything else (config.json, tokenizer, chat
+    template, published modelling code) is copied from `source` byte for byte, so that no version of
+    transformers rewrites it.
     """
     kept = (".json", ".txt", ".jinja", ".py")
     files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
     contents = {file.name: file.read_bytes() for file in files}  # `source` may be `folder`
     folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / "model.safetensors"):
-        model.save_pretrained(folder, state_dict=dict(tensors))
+    parts, used = [], file_bytes
+    for name, parameter in model.named_parameters():
+        if used + parameter.nbytes > file_bytes:
+            parts.append([])
+            used = 0
+        parts[-1].append((name, parameter))
+        used += parameter.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else ["model.safetensors"]
+    weight_map = {}
+    for start in range(0, len(parts), ranks):
+        mine: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(parts[start : start + ranks]):
+            for name, parameter in part:
+                for published, view, _ in as_published(name, full(parameter.detach())):
+                    weight_map[published] = names[start + number]
+                    if number == rank:
+                        mine[published] = view.to("cpu", copy=True).contiguous()
+        if mine:
+            write_tensors(folder / names[start + rank], mine, "format", "pt")
+    if rank:
+        return
+    if len(parts) > 1:
+        total = {"total_size": sum(p.nbytes for p in model.parameters())}
+        index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True)
+        contents["model.safetensors.index.json"] = (index + "\n").encode()
     for name, content in contents.items():
-        (folder / name).write_bytes(content)
-
-
-def published_tensors(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs as published files name them: transformers holds a layer's experts in one.
-
-    `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] become three tensors per expert.
-    """
-    for name, tensor in tensors:
-        layer, _, kind = name.rpartition(".experts.")
-        if kind not in ("gate_up_proj", "down_proj"):
-            yield name, tensor
-            continue
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-        for expert, fused in enumerate(tensor):
-            for part, weight in zip(parts, fused.chunk(len(parts)), strict=True):
-                yield f"{layer}.experts.{expert}.{part}.weight", weight
+        with writing(folder / name):
+            (folder / name).write_bytes(content)
 
 
 CHAT_TEMPLATE = (
@@ -769,7 +918,7 @@ def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(AutoConfig.from_pretrained(folder))
-    save(model, folder, folder, model.state_dict().items())
+    save(model, folder, folder)
     return folder
 
 

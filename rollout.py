@@ -41,17 +41,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from tqdm import tqdm
 
 from masking import InputError
 from model import (
     BlockCache,
     Sampling,
+    TensorFiles,
+    as_published,
     find_folder,
     load,
     load_tokenizer,
-    published_tensors,
     sampling_logprobs,
     stop_ids,
 )
@@ -546,7 +546,8 @@ class LMDeployEngine:
             }
             | (options or {}),
         }
-        self._shapes = _tensor_shapes(self.checkpoint)
+        files = TensorFiles(self.checkpoint, "model")
+        self._shapes = {name: files.shape(name) for name in files.parts}
         if not self._shapes:
             raise InputError(f"{checkpoint}: no weights, expected model*.safetensors")
         self._memory = os.memfd_create("weights")  # shared memory without a name: nothing to leave behind
@@ -719,14 +720,15 @@ class LMDeployEngine:
                 self._asleep.remove("weights")
         except _ChildDied as reason:
             bucket.fail(reason)
-        for name, tensor in published_tensors(tensors):
-            if tied and name == "lm_head.weight":
-                continue
-            if name not in expected:
-                raise ValueError(f"weight update: unknown or repeated tensor {name}")
-            if expected.pop(name) != tuple(tensor.shape):
-                raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}")
-            bucket.add(name, tensor)
+        for parameter in tensors:
+            for name, tensor, _ in as_published(*parameter):
+                if tied and name == "lm_head.weight":
+                    continue
+                if name not in expected:
+                    raise ValueError(f"weight update: unknown or repeated tensor {name}")
+                if expected.pop(name) != list(tensor.shape):
+                    raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}")
+                bucket.add(name, tensor)
         if expected:
             raise ValueError(f"weight update: missing tensor {min(expected)}")
         bucket.flush(last=True)
@@ -826,15 +828,6 @@ class _Bucket:
         """The subprocess died: nothing more is sent."""
         self.failed = True
         self.engine._died(reason)
-
-
-def _tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint's files, without reading the tensors."""
-    shapes = {}
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
-    return shapes
 
 
 def _batch_sizes(largest: int) -> list[int]:

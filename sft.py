@@ -25,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -36,14 +36,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from evaluate import (
@@ -60,11 +60,29 @@ from evaluate import (
     write_json,
     writing,
 )
-from masking import InputError, Packed, blank, noise, pack, plan_packs
-from model import BlockDiffusion, Sampling, find_folder, load, load_tokenizer, save, stop_ids, tiny
+from masking import InputError, Packed, noise, pack, plan_packs, plan_ranks
+from model import (
+    BlockDiffusion,
+    Sampling,
+    TensorFiles,
+    checkpoint_layers,
+    compile_layers,
+    fill,
+    find_folder,
+    full,
+    load,
+    load_tokenizer,
+    on_meta,
+    own_rows,
+    save,
+    stop_ids,
+    tiny,
+    write_tensors,
+)
 from rollout import Decoding, Engine
 
-ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
 
 @dataclass
@@ -86,7 +104,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradient norm is clipped to this
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights stay float32
     token_budget: int = 16384  # packed tokens per forward pass and rank
-    gradient_checkpointing: bool = False  # trade time for memory
+    reduce_once: bool = True  # sum gradients over ranks once per update; holds them whole till then
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice, not kept
+    compile: bool = False  # torch.compile of every decoder layer
+    cpu_offload: bool = False  # weights, gradients and moments wait in the host's memory
     save_every: int = 0  # steps between checkpoints; 0: only the last
     keep_checkpoints: int = 2  # how many stay on disk
     eval_data: str = ""  # question file evaluated during training; empty: none
@@ -185,15 +206,16 @@ def sft_step(run: Run, config: SFTConfig, batch: list[Example], numbers: list[in
         numbers: running number of each example, which with the seed decides its noise.
     """
     noised = []
-    for number, example in list(zip(numbers, batch, strict=True))[run.rank :: run.world]:
+    for number, example in zip(numbers, batch, strict=True):
         rng = np.random.default_rng([config.seed, 1, number])
         how = (config.noise_per, config.views, config.complementary, config.t_min)
         noised.append(noise(example.ids, example.prompt_tokens, run.block_size, rng, *how))
     response_tokens = sum(len(e.ids) - e.prompt_tokens for e in batch)
-    packs = pack_for_ranks(run, noised, config.token_budget)
+    plan = plan_ranks([len(s) for s in noised], config.token_budget, run.world)[run.rank]
+    packs = pack(noised, run.block_size, run.mask_id, config.token_budget, plan)
     loss = entropy = 0.0
     rows = sum(len(p.rows) for p in packs)
-    for packed in packs:
+    for packed in micro_batches(run, packs):
         packed = packed.to(run.device)
         scores = run.model.score(packed, Sampling())
         part = sft_loss(scores.logprobs, packed, response_tokens)
@@ -211,15 +233,53 @@ def sft_step(run: Run, config: SFTConfig, batch: list[Example], numbers: list[in
     }
 
 
-def pack_for_ranks(run: Run, sequences: list, token_budget: int) -> list[Packed]:
-    """Pack this rank's sequences into as many rows as the rank with the most rows needs."""
-    needed = len(plan_packs([len(s) for s in sequences], token_budget))
-    num_packs = int(run.max_over_ranks(needed))
-    spare = num_packs - len(sequences)
-    if spare > 0:  # a rank short of sequences keeps step with the rest by rows that score nothing
-        sequences = sequences + [blank(run.block_size, run.mask_id)] * spare
-    exact = num_packs if num_packs != needed else 0
-    return pack(sequences, run.block_size, run.mask_id, token_budget, exact)
+def micro_batches(run: Run, packs: Sequence) -> Iterator:
+    """The packs of one optimizer step, one after the other, for a forward and a backward pass each.
+
+    FSDP2 would sum gradients over the ranks after every backward pass; here only after the last one.
+    Till then every rank holds the whole gradient, 4 bytes per parameter; with reduce_once=false it
+    holds a shard, and every pass sums. Weights are gathered for every pass either way: keeping them
+    whole between passes (set_reshard_after_backward) would undo the sharding.
+    """
+    for number, packed in enumerate(packs):
+        if isinstance(run.model, FSDPModule):
+            last = number == len(packs) - 1
+            run.model.set_is_last_backward(last)
+            run.model.set_requires_gradient_sync(last or not run.config.reduce_once)
+        yield packed
+
+
+def deal(run: Run, records: list, sizes: list[int], token_budget: int) -> tuple[list, list[list[int]]]:
+    """Deal the sequences of all ranks out evenly (`plan_ranks`); call on every rank.
+
+    Args:
+        records: what this rank has of each of its sequences, anything that can be pickled. It travels
+            as a whole, so what belongs to a sequence stays with it.
+        sizes: tokens of each in a packed row.
+
+    Returns:
+        The records that are this rank's now, and its rows as indices into them.
+
+    Nearly every record changes its rank. A rollout is 26 bytes per token: 512 of 4,096 tokens on every
+    rank are 53 MB to send and to receive and 0.4 s of pickling, once per batch of rollouts.
+    """
+    if run.world == 1:
+        return records, plan_packs(sizes, token_budget)
+    everyone: list[list[int]] = [[]] * run.world
+    dist.all_gather_object(everyone, sizes)
+    home = [(rank, i) for rank, sizes in enumerate(everyone) for i in range(len(sizes))]
+    plan = plan_ranks([size for sizes in everyone for size in sizes], token_budget, run.world)
+    mine: dict[tuple[int, int], object] = {}
+    for source in range(run.world):
+        parcels = None
+        if source == run.rank:
+            wanted = [[home[i] for row in rows for i in row if home[i][0] == source] for rows in plan]
+            parcels = [{place: records[place[1]] for place in places} for places in wanted]
+        received: list[dict] = [{}]
+        dist.scatter_object_list(received, parcels, src=source)
+        mine |= received[0]
+    index = {place: i for i, place in enumerate(mine)}
+    return list(mine.values()), [[index[home[i]] for i in row] for row in plan[run.rank]]
 
 
 class Run:
@@ -239,19 +299,17 @@ class Run:
         self.base = checkpoint or self.initial  # where the weights come from
         self.tokenizer = load_tokenizer(str(self.base))
         self.mask_id = self.tokenizer.mask_token_id
-        self.model = load(str(self.base), torch.float32, self.device)
+        self.model = load_for_training(str(self.base), self.world, self.device, config)
         self.block_size = choose_block_size(config.block_size, self.model.config)
-        if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(self.model, self.world, config.dtype)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda" or None,
         )
         if checkpoint:
-            self._restore(checkpoint / "optimizer.safetensors")
+            self._restore(checkpoint)
         self.model.train()
         self.wandb = self._start_wandb()
 
@@ -364,23 +422,24 @@ class Run:
             yield name, full(parameter.detach())
 
     def save(self) -> None:
-        """Write checkpoints/step-N; it appears under that name only when it is complete."""
+        """Write checkpoints/step-N; it appears under that name only when it is complete.
+
+        Every rank writes some of the weights' files and its own shard of the optimizer state. (With
+        several machines, `out` has to be on a disk that all of them see.)
+        """
         folder = self.out / "checkpoints" / f"step-{self.step:06d}"
         if folder.exists() or self.step == 0:
             return
         part = folder.with_name(f".part-{folder.name}")
-        named = list(self.model.named_parameters())
-        weights = self._gather((name, p.detach()) for name, p in named)
-        state = self.optimizer.state
-        moments = self._gather((f"{name}.{key}", state[p][key]) for name, p in named for key in ADAM_STATE)
+        part.mkdir(parents=True, exist_ok=True)
+        save(self.model, part, self.initial, self.rank, self.world)
+        self._save_moments(part)
+        self.barrier()
         if self.rank == 0:
-            save(self.model, part, self.initial, weights.items())
-            with writing(part / "optimizer.safetensors"):
-                save_file(moments, part / "optimizer.safetensors")
             log_bytes = {f.name: f.stat().st_size for f in self.out.glob("*.jsonl")}
             counters = {"step": self.step, "cursor": self.cursor, "seed": self.config.seed}
             write_json(part / "state.json", counters | {"log_bytes": log_bytes})
-            for file in part.iterdir():
+            for file in part.glob("*.json"):
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             part.rename(folder)
@@ -389,32 +448,41 @@ class Run:
                 shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
         self.barrier()
 
-    def _gather(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Whole tensors on rank 0's CPU; every rank takes part, the others keep nothing."""
-        whole = {}
-        for name, tensor in pairs:
-            tensor = full(tensor)
-            if self.rank == 0:
-                whole[name] = tensor.cpu()
-        return whole
+    def _save_moments(self, folder: Path) -> None:
+        """This rank's rows of AdamW's state.
+
+        Plain safetensors: torch.distributed.checkpoint pickles its index, and its writer for safetensors
+        (2.13) builds every file in memory first.
+        """
+        name = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
+        tensors, first_rows = {}, {}
+        for parameter_name, parameter in self.model.named_parameters():
+            state = self.optimizer.state[parameter]
+            for key in MOMENTS:
+                rows, first_rows[f"{parameter_name}.{key}"] = own_rows(state[key])
+                tensors[f"{parameter_name}.{key}"] = rows.cpu().contiguous()
+            tensors["step"] = state["step"].cpu().view(1)  # the same for all
+        name = name if self.world > 1 else "optimizer.safetensors"
+        write_tensors(folder / name, tensors, "first_rows", json.dumps(first_rows))
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
+        moments = TensorFiles(checkpoint, "optimizer")
+        for name, parameter in self.model.named_parameters():
+            state = {key: torch.zeros_like(parameter) for key in MOMENTS}
+            for key, tensor in state.items():
+                rows, first = own_rows(tensor)
+                if len(rows):
+                    rows.copy_(moments.rows(f"{name}.{key}", first, first + len(rows)))
+            home = parameter.device if self.optimizer.defaults["fused"] else "cpu"
+            step = moments.rows("step", 0, 1)[0].to(home, copy=True)
+            self.optimizer.state[parameter] = state | {"step": step}
 
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.out / ".part-latest"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.relative_to(self.out))
         link.replace(self.out / "latest")
-
-    def _restore(self, file: Path) -> None:
-        """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
-        try:
-            with safe_open(file, "pt") as moments:
-                for name, parameter in self.model.named_parameters():
-                    state = {key: moments.get_tensor(f"{name}.{key}") for key in ADAM_STATE}
-                    for key in ("exp_avg", "exp_avg_sq"):  # `step` stays a scalar on the CPU
-                        state[key] = like(parameter, state[key].to(self.device))
-                    self.optimizer.state[parameter] = state
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: cannot resume from it ({error})") from error
 
 
 def check_config(config: TrainConfig) -> None:
@@ -456,36 +524,40 @@ def start_distributed() -> tuple[int, int, torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group(BACKEND if cuda else "gloo", timeout=timedelta(hours=2))
     if not dist.is_initialized():
         return 0, 1, device
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def shard(model: BlockDiffusion, world: int, dtype: str) -> None:
+def load_for_training(name: str, world: int, device: torch.device, config: TrainConfig) -> BlockDiffusion:
+    """A checkpoint's model in float32, sharded over the ranks; several never hold a full copy each."""
+    home = "cpu" if config.cpu_offload else device  # FSDP2 brings what is needed to the device
+    model = load(name, torch.float32, home) if world == 1 else on_meta(name)
+    checkpoint_layers(model, config.checkpointing)
+    if config.compile:
+        compile_layers(model)
+    shard(model, world, config.dtype, config.cpu_offload)
+    if world > 1:
+        fill(model, name, device, home)
+    return model
+
+
+def shard(model: BlockDiffusion, world: int, dtype: str, cpu_offload: bool = False) -> None:
     """FSDP2: every decoder layer is one unit, the rest another; weights and moments in float32."""
-    if world == 1 and dtype == "float32":
+    if world == 1 and dtype == "float32" and not cpu_offload:
         return
+    cuda = torch.cuda.is_available()
     if not dist.is_initialized():  # one process: FSDP2 still does the mixed precision
-        backend = "nccl" if model.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
+        dist.init_process_group(BACKEND if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    policy = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if cpu_offload else OffloadPolicy(),
+    }
     for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, **policy)
+    fully_shard(model, **policy)
     register_fsdp_forward_method(model, "score")
-
-
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a shard (a collective call), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, sharded as the parameter is."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
 
 
 class Evaluator:

@@ -7,6 +7,7 @@ import pytest
 import scoring
 import torch
 from data_rows import write_task
+from safetensors.torch import load_file
 
 import dipo
 import model as sdar
@@ -75,6 +76,23 @@ def test_both_scripts_run(tmp_path, dtype):
     lines = (tmp_path / "dipo" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert all(np.isfinite(json.loads(line)["gap_max"]) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["dtype=float32"], ["dtype=bfloat16", "cpu_offload=true"], ["dtype=bfloat16", "checkpointing=full"]],
+    ids=["float32", "offload", "checkpointing"],
+)
+def test_a_run_resumes_with_its_moments(tmp_path, options):
+    write_task(tmp_path)
+    out = tmp_path / "run"
+    command = [f"data={tmp_path}/sft.jsonl", f"out={out}", "batch_size=8", "token_budget=256", *options]
+    sft.main([*command, "steps=2"])
+    sft.main([*command, "steps=4", "resume=true"])
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+    moments = load_file(out / "latest" / "optimizer.safetensors")
+    assert moments["step"].item() == 4, "AdamW counts on from where it was"
+    assert all(tensor.isfinite().all() for tensor in moments.values())
 
 
 # ------------------------------------------------------------------------------------ LMDeploy

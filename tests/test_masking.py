@@ -441,18 +441,11 @@ def test_plan_packs():
             assert sum(sizes[i] for i in row) <= budget or len(row) == 1
         order = [sizes[i] for row in plan for i in row]
         assert order == sorted(sizes, reverse=True), "neighbours have similar lengths"
-        number = rng.randint(1, len(sizes))
-        exact = plan_packs(sizes, budget, num_packs=number)
-        assert len(exact) == number and all(exact)
-        assert sorted(i for row in exact for i in row) == list(range(len(sizes)))
-        loads = [sum(sizes[i] for i in row) for row in exact]
-        assert max(loads) - min(loads) <= max(sizes), "balanced"
 
 
 def test_plan_packs_edges():
     assert plan_packs([], 10) == []
     assert plan_packs([4, 50, 4], 10) == [[1], [0, 2]], "one larger than the budget stands alone"
-    assert plan_packs([3, 3], 10, num_packs=4)[2:] == [[], []], "left to the caller to avoid"
     assert plan_packs([5, 5, 5], 10) == plan_packs([5, 5, 5], 10), "no randomness"
 
 
@@ -475,7 +468,11 @@ def test_packing_does_not_change_what_is_scored():
         )
 
     alone = actions(token_budget=1)
-    assert alone == actions(token_budget=10**9) == actions(token_budget=0, num_packs=4)
+    assert (
+        alone
+        == actions(token_budget=10**9)
+        == actions(token_budget=0, plan=[[3, 8, 0], [5], [], [1, 2, 7, 4, 6]])
+    )
 
 
 def test_to_moves_every_tensor():

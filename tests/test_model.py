@@ -555,7 +555,7 @@ def edit_config(folder, drop=(), **changes) -> None:
 def test_load_and_save_round_trip(tmp_path, changes):
     first = sdar.tiny(tmp_path / "first", **TINY | changes)
     network = sdar.load(str(first))
-    sdar.save(network, tmp_path / "second", first, network.state_dict().items())
+    sdar.save(network, tmp_path / "second", first)
     before, after = tensors_of(first), tensors_of(tmp_path / "second")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -576,7 +576,7 @@ def test_save_over_the_folder_it_came_from(tmp_path):
     network = sdar.load(str(folder))
     with torch.no_grad():
         network.lm_head.weight.mul_(2)
-    sdar.save(network, folder, folder, network.state_dict().items())
+    sdar.save(network, folder, folder)
     assert (folder / "config.json").read_bytes() == config
     assert torch.equal(sdar.load(str(folder)).lm_head.weight, network.lm_head.weight)
 
@@ -603,7 +603,7 @@ def test_a_folder_as_published_loads_without_remote_code(tmp_path, tiny_folder):
     row = one_row([replay(random_rollout(random.Random(7), 4), 4, 1.0)], 4)
     with torch.no_grad():
         assert torch.equal(*(m.score(row, Sampling()).logprobs for m in (network, twin)))
-    sdar.save(network, tmp_path / "out", folder, network.state_dict().items())
+    sdar.save(network, tmp_path / "out", folder)
     assert (tmp_path / "out" / "modeling_sdar.py").read_text() == trap
     copied = (tmp_path / "out" / "config.json").read_bytes()
     assert copied == (folder / "config.json").read_bytes()
@@ -688,7 +688,7 @@ def test_no_folder(tmp_path):
 
 
 def test_the_tokenizer_travels_with_the_checkpoint(tmp_path, tiny_folder, tiny_model):
-    sdar.save(tiny_model, tmp_path / "copy", tiny_folder, tiny_model.state_dict().items())
+    sdar.save(tiny_model, tmp_path / "copy", tiny_folder)
     tokenizer = sdar.load_tokenizer(str(tmp_path / "copy"))
     assert tokenizer.mask_token_id == MASK
     assert tokenizer.chat_template == sdar.CHAT_TEMPLATE
