@@ -235,7 +235,7 @@ def test_after_each_of_100_updates_it_answers_as_the_checkpoint_does(folder, tmp
         with torch.no_grad():
             for p in network.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(update)), alpha=0.05)
-        model.save(network, tmp_path / "saved", folder, network.state_dict().items())
+        model.save(network, tmp_path / "saved", folder)
         if update % 10 == 5:
             engine.sleep()
         engine.update_weights(network.named_parameters())
