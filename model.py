@@ -788,6 +788,44 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({vocabulary[n] for n in names if n in vocabulary})
 
 
+def add_adapters(model: BlockDiffusion, rank: int, seed: int = 0) -> None:
+    """LoRA (arXiv 2106.09685) through peft: freeze the weights, give every projection B A of that rank.
+
+    B starts as zeros, alpha is twice the rank. Adapters are float32 whatever the model is.
+
+    Raises:
+        InputError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError("config key lora_rank: the package is missing, pip install peft") from error
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=kinds), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def base_parameters(model: BlockDiffusion) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what a checkpoint holds: all but LoRA's adapters."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(".base_layer", ""), parameter
+
+
+def whole(model: BlockDiffusion, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """A tensor of `base_parameters` gathered from its shards, with its adapter's product added."""
+    tensor = full(parameter.detach())
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if hasattr(layer, "get_delta_weight"):
+        tensor = tensor + layer.get_delta_weight("default").detach().to(tensor.dtype)
+    return tensor
+
+
 def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value: str) -> None:
     """A safetensors file with one entry of metadata (of several, the order would be by chance).
 
@@ -819,7 +857,7 @@ def save(
     contents = {file.name: file.read_bytes() for file in files}  # `source` may be `folder`
     folder.mkdir(parents=True, exist_ok=True)
     parts, used = [], file_bytes
-    for name, parameter in model.named_parameters():
+    for name, parameter in base_parameters(model):
         if used + parameter.nbytes > file_bytes:
             parts.append([])
             used = 0
@@ -832,7 +870,7 @@ def save(
         mine: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts[start : start + ranks]):
             for name, parameter in part:
-                for published, view, _ in as_published(name, full(parameter.detach())):
+                for published, view, _ in as_published(name, whole(model, name, parameter)):
                     weight_map[published] = names[start + number]
                     if number == rank:
                         mine[published] = view.to("cpu", copy=True).contiguous()

@@ -65,6 +65,8 @@ from model import (
     BlockDiffusion,
     Sampling,
     TensorFiles,
+    add_adapters,
+    base_parameters,
     checkpoint_layers,
     compile_layers,
     fill,
@@ -77,6 +79,7 @@ from model import (
     save,
     stop_ids,
     tiny,
+    whole,
     write_tensors,
 )
 from rollout import Decoding, Engine
@@ -107,6 +110,7 @@ class TrainConfig:
     reduce_once: bool = True  # sum gradients over ranks once per update; holds them whole till then
     checkpointing: Literal["none", "selective", "full"] = "none"  # activations computed twice, not kept
     compile: bool = False  # torch.compile of every decoder layer
+    lora_rank: int = 0  # train adapters of this rank only, for one GPU (peft); 0: all weights
     cpu_offload: bool = False  # weights, gradients and moments wait in the host's memory
     save_every: int = 0  # steps between checkpoints; 0: only the last
     keep_checkpoints: int = 2  # how many stay on disk
@@ -299,10 +303,11 @@ class Run:
         self.base = checkpoint or self.initial  # where the weights come from
         self.tokenizer = load_tokenizer(str(self.base))
         self.mask_id = self.tokenizer.mask_token_id
-        self.model = load_for_training(str(self.base), self.world, self.device, config)
+        start = self.initial if config.lora_rank else self.base  # adapters have a file of their own
+        self.model = load_for_training(str(start), self.world, self.device, config)
         self.block_size = choose_block_size(config.block_size, self.model.config)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            [p for p in self.model.parameters() if p.requires_grad],
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -418,8 +423,8 @@ class Run:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole tensor) one by one, gathered from the shards; call on every rank."""
-        for name, parameter in self.model.named_parameters():
-            yield name, full(parameter.detach())
+        for name, parameter in base_parameters(self.model):
+            yield name, whole(self.model, name, parameter)
 
     def save(self) -> None:
         """Write checkpoints/step-N; it appears under that name only when it is complete.
@@ -456,7 +461,7 @@ class Run:
         """
         name = f"optimizer-{self.rank + 1:05d}-of-{self.world:05d}.safetensors"
         tensors, first_rows = {}, {}
-        for parameter_name, parameter in self.model.named_parameters():
+        for parameter_name, parameter in self._trained():
             state = self.optimizer.state[parameter]
             for key in MOMENTS:
                 rows, first_rows[f"{parameter_name}.{key}"] = own_rows(state[key])
@@ -464,11 +469,21 @@ class Run:
             tensors["step"] = state["step"].cpu().view(1)  # the same for all
         name = name if self.world > 1 else "optimizer.safetensors"
         write_tensors(folder / name, tensors, "first_rows", json.dumps(first_rows))
+        if self.config.lora_rank:
+            adapters = {n: p.detach().cpu() for n, p in self._trained()}
+            write_tensors(folder / "adapters.safetensors", adapters, "format", "pt")
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def _restore(self, checkpoint: Path) -> None:
         """Load the optimizer state of a checkpoint, whatever number of ranks wrote it."""
         moments = TensorFiles(checkpoint, "optimizer")
-        for name, parameter in self.model.named_parameters():
+        if self.config.lora_rank:
+            adapters = TensorFiles(checkpoint, "adapters")
+            for name, parameter in self._trained():
+                parameter.data.copy_(adapters.rows(name, 0, len(parameter)))
+        for name, parameter in self._trained():
             state = {key: torch.zeros_like(parameter) for key in MOMENTS}
             for key, tensor in state.items():
                 rows, first = own_rows(tensor)
@@ -531,7 +546,17 @@ def start_distributed() -> tuple[int, int, torch.device]:
 
 
 def load_for_training(name: str, world: int, device: torch.device, config: TrainConfig) -> BlockDiffusion:
-    """A checkpoint's model in float32, sharded over the ranks; several never hold a full copy each."""
+    """A checkpoint's model in float32, sharded over the ranks; several never hold a full copy each.
+
+    With LoRA the frozen weights are in config.dtype, and nothing is sharded.
+    """
+    if config.lora_rank:
+        if world > 1:
+            raise InputError("config key lora_rank: LoRA is for one process; several shard the whole model")
+        model = load(name, getattr(torch, config.dtype), device)
+        add_adapters(model, config.lora_rank, config.seed)
+        checkpoint_layers(model, config.checkpointing)
+        return model
     home = "cpu" if config.cpu_offload else device  # FSDP2 brings what is needed to the device
     model = load(name, torch.float32, home) if world == 1 else on_meta(name)
     checkpoint_layers(model, config.checkpointing)
