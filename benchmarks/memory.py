@@ -2,7 +2,8 @@
 
 Memory of one GPU while it trains, as sft.py and dipo.py place it (FSDP2, a unit per decoder layer):
 
-    weights, gradients, moments   float32 (moments: `moments`), each 1 / ranks of the model
+    weights, gradients, moments   float32 (moments: `moments`), each 1 / ranks of the model; gradients
+                                  whole with `reduce_once`, if a step has several passes
     gathered units                embedding and head, and two layers (one in use, one on its way), in `dtype`;
                                   the largest unit's gradient in `dtype` and in float32 while it is reduced
     kept activations              what the backward pass of one micro-batch of token_budget tokens needs
@@ -82,6 +83,7 @@ class PlanConfig:
     checkpointing: Literal["none", "selective", "full"] = "full"  # of the decoder layers
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights stay float32
     moments: Literal["float32", "bfloat16", "8bit"] = "float32"  # of AdamW
+    reduce_once: bool = True  # as in sft.py: a rank holds the whole gradient till the last pass of a step
     max_batch: int = 256  # answers that the engine of a rank generates at once
     gpu_gib: float = 139.0  # memory of a GPU; H200: 139, H100: 79
     reserve_gib: float = 4.0  # CUDA context, NCCL, libraries, fragmentation
@@ -246,13 +248,14 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
     row = max(config.token_budget, tokens)
     kept, working = activation_bytes(shape, row, dtype, config.checkpointing)
     rows = row * config.response // tokens
+    whole = config.reduce_once and config.trajectories * tokens > config.ranks * row
     logits = min(rows * shape.vocab_size * (item + 2 * 4), sdar.SCORING_BYTES)
     weights = {
         "weights, float32": 4 * size["all"] / config.ranks,
         f"AdamW's moments, {config.moments}": 2 * moment * size["all"] / config.ranks,
     }
     training = weights | {
-        "gradients, float32": 4 * size["all"] / config.ranks,
+        "gradients, float32": 4 * size["all"] / (1 if whole else config.ranks),
         "gathered units": sharded * (item * (size["rest"] + 2 * size["layer"]) + (item + 4) * largest),
         f"kept activations of {row:,} tokens": kept,
         "working memory of a layer": working,
@@ -276,7 +279,7 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
 def check(config: PlanConfig) -> None:
     """Refuse values that make no sense."""
     for name, value in vars(config).items():
-        if not isinstance(value, str) and not 0 < value < float("inf"):
+        if not isinstance(value, str | bool) and not 0 < value < float("inf"):
             raise InputError(f"config key {name}: {value}, expected more than 0")
     if not 1 <= config.tpf <= config.block_size:
         raise InputError(f"config key tpf: {config.tpf}, expected between 1 and block_size")
