@@ -1,5 +1,6 @@
 """What benchmarks/memory.py predicts is what is measured here: parameters, moments, activations, FLOPs."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -158,7 +159,18 @@ def test_a_whole_step_fits_the_plan(tmp_path):
 
 
 def test_a_plan_shards_over_ranks():
-    one, two = (memory.predict(memory.PlanConfig(ranks=n, model="1.7B"))[0] for n in (4, 8))
+    plan = memory.PlanConfig(model="1.7B", reduce_once=False)
+    one, two, whole, one_pass = (
+        memory.predict(dataclasses.replace(plan, **changes))[0]
+        for changes in (
+            {"ranks": 4},
+            {"ranks": 8},
+            {"ranks": 8, "reduce_once": True},
+            {"ranks": 8, "reduce_once": True, "trajectories": 8},
+        )
+    )
+    gradients = "gradients, float32"
+    assert whole[gradients] == 8 * two[gradients] == 8 * one_pass[gradients]
     for part in ("weights, float32", "gradients, float32", "AdamW's moments, float32"):
         assert one[part] == 2 * two[part]
     assert one["gathered units"] == two["gathered units"] > 0
