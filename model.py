@@ -139,103 +139,7 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tens
     return Scores(logprobs.clamp(min=LOG_FLOOR), entropy)
 
 
-class ScoreRows(torch.autograd.Function):
-    """score_logits(hidden @ weight.T) without top-k and top-p, in chunks of rows, gradient written out.
-
-    Autograd would keep several copies [rows, V] in float32 for the backward pass, and hold two
-    gradients [V, hidden] of the weight. Here only [M] vectors are kept; backward computes the logits
-    of a chunk again. With p = softmax(logits / T), h the mass of the held draws, l the log-probability:
-
-        reveal v   d l / d logits = (onehot(v) - p) / T
-        hold       d l / d logits = (p [p < bound] / h - p) / T
-
-    Chunks are of one size, so that both passes run the same kernels and p < bound falls the same way.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden, weight, targets, bounds, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M]."""
-        # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
-        each = 2 * hidden.element_size() if hidden.is_cuda else 10
-        chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
-        ctx.rows, ctx.temperature = -(-len(hidden) // chunks), temperature
-        held = targets == HOLD
-        bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held
-        score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
-        scored = []
-        for at in _chunks(len(hidden), ctx.rows):
-            hold = None if bounds is None else bounds[at]
-            scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature))
-        logprobs, entropy, lse = (torch.cat(t) for t in zip(*scored, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, lse)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, slope, _):
-        """slope [M] is d loss / d logprobs."""
-        hidden, weight, targets, bounds, logprobs, lse = ctx.saved_tensors
-        slope = torch.where(logprobs > LOG_FLOOR, slope / ctx.temperature, 0)
-        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
-        for at in _chunks(len(hidden), ctx.rows):
-            hold = None if bounds is None else bounds[at]
-            gradient = differentiate(
-                hidden[at] @ weight.T, hold, logprobs[at], lse[at], slope[at], ctx.temperature
-            )  # [rows, V]
-            held, target = targets[at, None] == HOLD, targets[at, None].clamp(min=0)
-            of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
-            gradient.scatter_(1, target, torch.where(held, gradient.gather(1, target), of_revealed))
-            if hidden_grad is not None:
-                torch.mm(gradient, weight, out=hidden_grad[at])
-            if weight_grad is not None:
-                weight_grad.addmm_(gradient.T, hidden[at])
-            del gradient  # before the logits of the next chunk are there
-        return hidden_grad, weight_grad, None, None, None
-
-
-def _chunks(length: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
-
-
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    """`function` compiled, once per process. Sizes that change from call to call become symbolic."""
-    return torch.compile(function)
-
-
-def _score_chunk(logits, targets, bounds, temperature: float) -> tuple[torch.Tensor, ...]:
-    """(log-probability, entropy, log-sum-exp), each [rows], from logits [rows, V]. bounds None: no holds.
-
-    Names are used again and work is done in place: two copies in float32 are the most that is alive.
-    """
-    logits = _tempered(logits, temperature)
-    lse = logits.logsumexp(-1)
-    log_p = logits.sub_(lse[:, None])
-    logprobs = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    p = log_p.exp()
-    entropy = -log_p.mul_(p).sum(-1)
-    if bounds is not None:
-        mass = p.masked_fill_(p >= bounds[:, None], 0).sum(-1)
-        logprobs = torch.where(targets == HOLD, mass.clamp(min=FLOOR).log(), logprobs)
-    return logprobs.clamp(min=LOG_FLOOR), entropy, lse
-
-
-def _score_chunk_gradient(logits, bounds, logprobs, lse, slope, temperature: float) -> torch.Tensor:
-    """slope * d logprobs / d logits but for the revealed tokens, [rows, V] in the logits' dtype.
-
-    slope [rows] has 1 / T in it. Element by element, so that it compiles to one kernel.
-    """
-    dtype = logits.dtype
-    logits = _tempered(logits, temperature)
-    p = logits.sub_(lse[:, None]).exp_()
-    if bounds is None:
-        return p.mul_(-slope[:, None]).to(dtype)
-    of_held_draws = slope * ((-logprobs).exp() - 1)
-    return p.mul_(torch.where(p < bounds[:, None], of_held_draws[:, None], -slope[:, None])).to(dtype)
+# ------------------------------------------------------------------------ the network
 
 
 class SDARConfig(Qwen3Config):
@@ -342,59 +246,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def compile_layers(model: BlockDiffusion, **options) -> None:
-    """Compile the decoder layers, one for all: norms, rotary and SwiGLU fuse, attention is FlexAttention.
-
-    All layers share one code, so it is compiled for the first length and once more for all lengths; the
-    rest of the model stays as it is. Decoding stays eager: there every cache length would be another
-    case. Call it after `checkpoint_layers` and before FSDP2's `fully_shard`. `options`: of torch.compile.
-    """
-    for layer in model.model.layers:
-        layer.compile(**options)
-
-
-# What "selective" keeps: results of matrix products and attention, nearly all of the arithmetic.
-KEPT_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten._grouped_mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-}
-
-
-def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpoint_layers(model: BlockDiffusion, how: str) -> None:
-    """Trade memory for arithmetic in the backward pass through the decoder layers.
-
-    none: keep everything. selective: keep what KEPT_OPS return, compute norms, rotary and SwiGLU again.
-    full: keep a layer's input only, compute it again: a third more arithmetic. FlexAttention is seen by
-    "selective" where the layers are compiled too; otherwise it is computed again.
-
-    Raises:
-        InputError: another word.
-    """
-    if how not in ("none", "selective", "full"):
-        raise InputError(f"checkpointing: expected none, selective or full, got {how}")
-    if how == "none":
-        return
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
-    if how == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
-
-    def wrap(forward: Callable) -> Callable:
-        def checkpointed(*args, **kwargs):  # a function of this file: torch.compile looks into it
-            return checkpoint(forward, *args, **options, **kwargs)
-
-        return checkpointed
-
-    for layer in model.model.layers:
-        layer.forward = wrap(layer.forward)
+# -------------------------------------------------------------------------- attention
 
 
 def attention_over(packed: Packed, backend: str = "auto") -> FlexRow | JointRow | DenseRow:
@@ -414,53 +266,6 @@ class DenseRow:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scaling)
         return out.transpose(1, 2)
-
-
-# Tile sizes, warps and stages are left to torch: for bfloat16 and head dimension 128 on Hopper it takes
-# 128 x 64 with 8 warps and 3 stages forward, 64 x 128 and 128 x 64 backward (torch 2.13, in
-# _inductor/template_heuristics/triton.py). ROWS_GUARANTEED_SAFE must stay off: every row sees itself,
-# but not in the first tile that is processed for it, and would become nan there. IS_DIVISIBLE (rows of
-# whole tiles: no border checks) is set by FlexRow; with symbolic lengths the compiler cannot see it.
-KERNEL_OPTIONS: dict = {}
-
-
-def _flex(query, key, value, mask, scaling: float, options: dict) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(
-        query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
-    )
-
-
-@functools.cache
-def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dict:
-    """KERNEL_OPTIONS on CUDA, with BACKEND="FLASH" where flash-attn's CuTe kernels are installed and right.
-
-    They are experimental, so they are tried first: a small row, forward and backward, against SDPA.
-    """
-    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    if dtype == torch.float32 or not found:
-        return KERNEL_OPTIONS
-    flash = KERNEL_OPTIONS | {"BACKEND": "FLASH"}
-    rng = np.random.default_rng(0)
-    views = [noise(rng.integers(0, 9, n).tolist(), 8, 4, rng, views=2) for n in (36, 128)]
-    packed = padded(pack(views, 4, 0, 10**9)[0].to("cuda"))
-    shapes = [(1, h, len(packed), dim) for h in (heads, kv_heads, kv_heads)]
-    try:
-        results = []
-        inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
-        with torch.enable_grad():
-            for row in (FlexRow(packed, flash), DenseRow(packed)):
-                out = row.attend(None, *inputs, dim**-0.5)
-                results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
-        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
-        if error < 0.02:
-            return flash
-        reason = f"off by {error:.1%}"
-    except Exception as caught:  # an experimental backend raises whatever it likes
-        reason = f"{type(caught).__name__}: {_first(caught)}"
-    print(f"FlexAttention without flash-attn's kernels ({reason})", file=sys.stderr)
-    return KERNEL_OPTIONS
 
 
 class FlexRow:
@@ -567,6 +372,9 @@ class CachedBlocks:
         return out.view(s, heads, t, dim).transpose(1, 2)
 
 
+# ------------------------------------------------------------------------ checkpoints
+
+
 def find_folder(name: str) -> Path:
     """The local folder of a checkpoint: a path, or a Hugging Face model id (fetched once)."""
     if Path(name).exists():
@@ -622,7 +430,7 @@ def _read_config(folder: Path) -> SDARConfig | SDARMoeConfig:
     return config
 
 
-# What follows up to `save` is for models that no single rank could hold: built without memory
+# From here to `fill`: for models that no single rank could hold. They are built without memory
 # (`on_meta`), sharded (sft.py), then filled by every rank with its own rows of the files (`fill`).
 
 
@@ -887,6 +695,9 @@ def save(
             (folder / name).write_bytes(content)
 
 
+# ----------------------------------------------------------------------- a tiny model
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -958,6 +769,210 @@ def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
         model = model_class(AutoConfig.from_pretrained(folder))
     save(model, folder, folder)
     return folder
+
+
+# ----------------------------------- speed and memory: the same results, read it last
+
+
+class ScoreRows(torch.autograd.Function):
+    """score_logits(hidden @ weight.T) without top-k and top-p, in chunks of rows, gradient written out.
+
+    Autograd would keep several copies [rows, V] in float32 for the backward pass, and hold two
+    gradients [V, hidden] of the weight. Here only [M] vectors are kept; backward computes the logits
+    of a chunk again. With p = softmax(logits / T), h the mass of the held draws, l the log-probability:
+
+        reveal v   d l / d logits = (onehot(v) - p) / T
+        hold       d l / d logits = (p [p < bound] / h - p) / T
+
+    Chunks are of one size, so that both passes run the same kernels and p < bound falls the same way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, targets, bounds, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M]."""
+        # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
+        each = 2 * hidden.element_size() if hidden.is_cuda else 10
+        chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
+        ctx.rows, ctx.temperature = -(-len(hidden) // chunks), temperature
+        held = targets == HOLD
+        bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held
+        score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
+        scored = []
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature))
+        logprobs, entropy, lse = (torch.cat(t) for t in zip(*scored, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, lse)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        """slope [M] is d loss / d logprobs."""
+        hidden, weight, targets, bounds, logprobs, lse = ctx.saved_tensors
+        slope = torch.where(logprobs > LOG_FLOOR, slope / ctx.temperature, 0)
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
+        for at in _chunks(len(hidden), ctx.rows):
+            hold = None if bounds is None else bounds[at]
+            gradient = differentiate(
+                hidden[at] @ weight.T, hold, logprobs[at], lse[at], slope[at], ctx.temperature
+            )  # [rows, V]
+            held, target = targets[at, None] == HOLD, targets[at, None].clamp(min=0)
+            of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
+            gradient.scatter_(1, target, torch.where(held, gradient.gather(1, target), of_revealed))
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[at])
+            if weight_grad is not None:
+                weight_grad.addmm_(gradient.T, hidden[at])
+            del gradient  # before the logits of the next chunk are there
+        return hidden_grad, weight_grad, None, None, None
+
+
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """`function` compiled, once per process. Sizes that change from call to call become symbolic."""
+    return torch.compile(function)
+
+
+def _score_chunk(logits, targets, bounds, temperature: float) -> tuple[torch.Tensor, ...]:
+    """(log-probability, entropy, log-sum-exp), each [rows], from logits [rows, V]. bounds None: no holds.
+
+    Names are used again and work is done in place: two copies in float32 are the most that is alive.
+    """
+    logits = _tempered(logits, temperature)
+    lse = logits.logsumexp(-1)
+    log_p = logits.sub_(lse[:, None])
+    logprobs = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    p = log_p.exp()
+    entropy = -log_p.mul_(p).sum(-1)
+    if bounds is not None:
+        mass = p.masked_fill_(p >= bounds[:, None], 0).sum(-1)
+        logprobs = torch.where(targets == HOLD, mass.clamp(min=FLOOR).log(), logprobs)
+    return logprobs.clamp(min=LOG_FLOOR), entropy, lse
+
+
+def _score_chunk_gradient(logits, bounds, logprobs, lse, slope, temperature: float) -> torch.Tensor:
+    """slope * d logprobs / d logits but for the revealed tokens, [rows, V] in the logits' dtype.
+
+    slope [rows] has 1 / T in it. Element by element, so that it compiles to one kernel.
+    """
+    dtype = logits.dtype
+    logits = _tempered(logits, temperature)
+    p = logits.sub_(lse[:, None]).exp_()
+    if bounds is None:
+        return p.mul_(-slope[:, None]).to(dtype)
+    of_held_draws = slope * ((-logprobs).exp() - 1)
+    return p.mul_(torch.where(p < bounds[:, None], of_held_draws[:, None], -slope[:, None])).to(dtype)
+
+
+def compile_layers(model: BlockDiffusion, **options) -> None:
+    """Compile the decoder layers, one for all: norms, rotary and SwiGLU fuse, attention is FlexAttention.
+
+    All layers share one code, so it is compiled for the first length and once more for all lengths; the
+    rest of the model stays as it is. Decoding stays eager: there every cache length would be another
+    case. Call it after `checkpoint_layers` and before FSDP2's `fully_shard`. `options`: of torch.compile.
+    """
+    for layer in model.model.layers:
+        layer.compile(**options)
+
+
+# What "selective" keeps: results of matrix products and attention, nearly all of the arithmetic.
+KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_layers(model: BlockDiffusion, how: str) -> None:
+    """Trade memory for arithmetic in the backward pass through the decoder layers.
+
+    none: keep everything. selective: keep what KEPT_OPS return, compute norms, rotary and SwiGLU again.
+    full: keep a layer's input only, compute it again: a third more arithmetic. FlexAttention is seen by
+    "selective" where the layers are compiled too; otherwise it is computed again.
+
+    Raises:
+        InputError: another word.
+    """
+    if how not in ("none", "selective", "full"):
+        raise InputError(f"checkpointing: expected none, selective or full, got {how}")
+    if how == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    if how == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+
+    def wrap(forward: Callable) -> Callable:
+        def checkpointed(*args, **kwargs):  # a function of this file: torch.compile looks into it
+            return checkpoint(forward, *args, **options, **kwargs)
+
+        return checkpointed
+
+    for layer in model.model.layers:
+        layer.forward = wrap(layer.forward)
+
+
+# Tile sizes, warps and stages are left to torch: for bfloat16 and head dimension 128 on Hopper it takes
+# 128 x 64 with 8 warps and 3 stages forward, 64 x 128 and 128 x 64 backward (torch 2.13, in
+# _inductor/template_heuristics/triton.py). ROWS_GUARANTEED_SAFE must stay off: every row sees itself,
+# but not in the first tile that is processed for it, and would become nan there. IS_DIVISIBLE (rows of
+# whole tiles: no border checks) is set by FlexRow; with symbolic lengths the compiler cannot see it.
+KERNEL_OPTIONS: dict = {}
+
+
+def _flex(query, key, value, mask, scaling: float, options: dict) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(
+        query, key, value, block_mask=mask, scale=scaling, enable_gqa=True, kernel_options=options
+    )
+
+
+@functools.cache
+def flex_options(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> dict:
+    """KERNEL_OPTIONS on CUDA, with BACKEND="FLASH" where flash-attn's CuTe kernels are installed and right.
+
+    They are experimental, so they are tried first: a small row, forward and backward, against SDPA.
+    """
+    found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
+    if dtype == torch.float32 or not found:
+        return KERNEL_OPTIONS
+    flash = KERNEL_OPTIONS | {"BACKEND": "FLASH"}
+    rng = np.random.default_rng(0)
+    views = [noise(rng.integers(0, 9, n).tolist(), 8, 4, rng, views=2) for n in (36, 128)]
+    packed = padded(pack(views, 4, 0, 10**9)[0].to("cuda"))
+    shapes = [(1, h, len(packed), dim) for h in (heads, kv_heads, kv_heads)]
+    try:
+        results = []
+        inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+        with torch.enable_grad():
+            for row in (FlexRow(packed, flash), DenseRow(packed)):
+                out = row.attend(None, *inputs, dim**-0.5)
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+        if error < 0.02:
+            return flash
+        reason = f"off by {error:.1%}"
+    except Exception as caught:  # an experimental backend raises whatever it likes
+        reason = f"{type(caught).__name__}: {_first(caught)}"
+    print(f"FlexAttention without flash-attn's kernels ({reason})", file=sys.stderr)
+    return KERNEL_OPTIONS
 
 
 if __name__ == "__main__":
