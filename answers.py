@@ -63,13 +63,16 @@ UNICODE = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "\xa0": " "}
 )
-REWRITES = [  # in this order; (?<!\\) keeps the second half of a matrix's `\\` out of it
+# In this order. (?<!\\) keeps the second half of a matrix's `\\` out of it; "whole" matches all or nothing.
+REWRITES = [
+    # what surrounds: boxes, dollars, sizes of brackets; thousands; spaces
     (r"\\boxed\s*\{(.*)\}|\*\*(.*)\*\*", r"\1\2", "whole"),
     (r",\s*\\!\s*(?=\d{3})", ","),
     (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
+    # other names for the same command; degrees, percent, separators, money
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(l|g)(?:e|eq|eqslant)(?![a-z])", r"\\\1e "),
     (r"\\(?:math|text)(?:rm|bf|it|sf|normal)\s*\{|\\(?:mbox|operatorname\*?|text)\s*\{", r"\\text{"),
@@ -79,14 +82,17 @@ REWRITES = [  # in this order; (?<!\\) keeps the second half of a matrix's `\\` 
     (r"\\text\{([^{}]*[\d,;][^{}]*)\}", r"\1", "whole"),
     (r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}"),
     (r"(?<![\d,(\[{])(\d{1,3}(?:,\d{3})+)(?![\d)\]}]|,\d)", lambda m: m[1].replace(",", "")),
+    # arguments without braces, commands without backslash
     (r"\\frac\s*([0-9a-z])\s*(?=[0-9a-z{\\])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*\})\s*([0-9a-z])", r"\1{\2}"),
     (r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|cot|sec|csc|log|ln|infty)(?![A-Za-z])", r"\\\1 "),
     (r"(?<![\\A-Za-z])inf(?:inity)?(?![A-Za-z])", r"\\infty "),
+    (r"\\(?:emptyset|varnothing)", r"\\{\\}"),
     (r"\*\*", "^"),
     (r"([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"),
+    # a leading `x \\in`, marks at the ends, spaces that separate no words
     (r"^\\?[A-Za-z](?:_\{\w+\})?\s*\\in(?![a-z])|[\s.,:]+$|^[\s,+]+", ""),
     (r"(?<=\d) +(?=[A-Za-z])|(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
 ]  # fmt: skip
@@ -107,7 +113,7 @@ def normal_form(text: str) -> str:
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 NUMBER = re.compile(
-    rf"([+-]?)(?:({_DECIMAL})|(?:(\d+) ?)?\\frac\{{({_DECIMAL})\}}\{{({_DECIMAL})\}}"
+    rf"([+-]?)(?:({_DECIMAL})|(?:(\d+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|(?:(\d+) )?({_DECIMAL})/({_DECIMAL}))"
 )
 
@@ -122,7 +128,7 @@ def number(text: str) -> Fraction | None:
         value = Fraction(decimal)
     else:
         divisor = Fraction(bottom or bottom2)
-        if not divisor:
+        if not divisor or (whole and (top + bottom).strip("0123456789.")):
             return None
         value = Fraction(whole or whole2 or 0) + Fraction(top or top2) / divisor
     return -value if sign == "-" else value
@@ -234,7 +240,7 @@ def _is_balanced(text: str) -> bool:
 
 
 NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{[^=]*\})?'*(?:\([a-z](?:,[a-z])*\))?|\([a-z](?:,[a-z])+\)|\\(?:angle|text|overline).*"
+    r"\\?[A-Za-z]+(?:_\{[^=]*\})?'*(?:\([a-z\d]+(?:,[a-z\d]+)*\))?|\([a-z](?:,[a-z])+\)|\\(?:angle|text|overline).*"
 )
 
 
@@ -385,8 +391,11 @@ def _scaled(value: str, ratio: Fraction) -> str:
     exact = number(value)
     if exact is None:
         return rf"({value})\cdot\frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
-    exact *= ratio
-    return f"{exact.numerator}/{exact.denominator}"
+    return _fraction(exact * ratio)
+
+
+def _fraction(value: Fraction) -> str:
+    return f"{value.numerator}/{value.denominator}"
 
 
 def _is_word(letters: str) -> bool:
@@ -421,6 +430,10 @@ def _compare_single(answer: str, gold: str, tolerance: float | None) -> Verdict:
         mathematics = re.sub(r"\\(?!text)[A-Za-z]+", " ", text)
         if r"\text" in mathematics or any(map(_is_word, re.findall("[A-Za-z]+", mathematics))):
             return Verdict(False, "words within an expression: only the same text is equal")
+    answer, gold = (  # mixed numbers, which sympy takes for products
+        text if number(text) is None or _decimals(text) is not None else _fraction(number(text))
+        for text in (answer, gold)
+    )
     return _compare_expressions(answer, gold, tolerance)
 
 

@@ -538,7 +538,8 @@ def draw(path: str) -> None:
                 cases = [dataclasses.replace(base, correct=correct, **{field: x}) for x in xs]
                 name = reward.__name__.replace("_", " ")
                 which = "" if reward is soft_overlong else ", right" if correct else ", wrong"
-                style = {"color": f"C{color}", "linestyle": "-" if correct else "--"}
+                dashes, width = "-" if correct else "--", 5 - 1.8 * color  # what coincides stays visible
+                style = {"color": f"C{color}", "linestyle": dashes, "linewidth": width}
                 axis.plot(xs, [reward(case) for case in cases], label=name + which, **style)
         axis.set_xlabel(label)
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
