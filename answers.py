@@ -26,6 +26,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MAX_CHARS = 2_000  # a longer answer is no final answer, and parsing time grows with the length
+MAX_DEPTH = 40  # brackets within brackets; parsing time grows faster than the depth
 
 # A backslash and what follows it are one token, so `\{` and `\}` do not count as braces. Two
 # backslashes before `boxed` are allowed: a line break, or an answer that was escaped twice.
@@ -142,6 +143,8 @@ def quick_verdict(answer: str, gold: str, tolerance: float | None) -> Verdict | 
         return Verdict(answer.strip() == gold.strip(), f"longer than {MAX_CHARS} characters")
     if "".join(answer.split()) == "".join(gold.split()):
         return Verdict(True, "same text")
+    if _depth(answer) > MAX_DEPTH:
+        return Verdict(False, f"brackets more than {MAX_DEPTH} deep")
     answer, gold = normal_form(answer), normal_form(gold)
     if not answer or answer == gold:
         return Verdict(answer != "", "same normal form" if answer else "no answer")
@@ -231,12 +234,17 @@ def _both_signs(items: list[str]) -> list[str]:
 
 
 def _is_balanced(text: str) -> bool:
-    depth = 0
+    return _depth(text) >= 0
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a text are nested, whatever their kinds; -1 if they do not pair up."""
+    depth = deepest = 0
+    pairs = True
     for token in re.finditer(r"[(\[{]|[)\]}]", text):
         depth += 1 if token[0] in "([{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
+        deepest, pairs = max(deepest, depth), pairs and depth >= 0
+    return deepest if (pairs and depth == 0) or deepest > MAX_DEPTH else -1
 
 
 NAME = re.compile(
@@ -490,11 +498,14 @@ def _size(expression) -> Decimal:
     """A bound on the size of an expression's values, to refuse `9^{9^{9}}` before it is computed.
 
     Raises:
-        Overflow: more than 20,000 digits.
+        Overflow: more than 20,000 digits, or 3,000 with variables (each counts as 10).
     """
-    context = Context(prec=9, Emax=20_000, traps=[Overflow])
+    digits = 3_000 if getattr(expression, "free_symbols", None) else 20_000  # powers of sums are expanded
+    context = Context(prec=9, Emax=digits, traps=[Overflow])
     parts = [_size(part) for part in expression.args]
     name = type(expression).__name__
+    if name in ("Sum", "Product"):  # over the second part: (k, first, last)
+        return context.power(Decimal(10), parts[1])
     if name == "Pow":
         return context.power(max(parts[0], Decimal(10)), parts[1])
     if name == "factorial":

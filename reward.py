@@ -35,6 +35,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Overflow
 
 from answers import MAX_CHARS, Verdict, compare, extract_answer, normal_form, quick_verdict
 
@@ -246,7 +247,8 @@ def _serve_tasks(replies) -> None:
         try:
             verdict = compare(normal_form(answer), normal_form(gold), tolerance)
         except Exception as error:  # noqa: BLE001  whatever an answer provokes, it is not a right answer
-            verdict = False, f"cannot be compared ({type(error).__name__})"
+            too_large = isinstance(error, Overflow)
+            verdict = False, "too large to compute" if too_large else f"no verdict ({type(error).__name__})"
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), file=replies, flush=True)
 

@@ -141,7 +141,7 @@ def task(answer: str, gold: str, seconds: float = 30.0) -> str:
     return json.dumps([answer, gold, None, seconds])
 
 
-NEVER = r"\prod_{k=1}^{10^8} k"  # sympy would compute it for hours
+NEVER = r"\frac{(x+y+z+w)^{100}}{3}"  # sympy would expand it for hours
 
 
 def test_the_kernel_ends_one_long_call_and_the_worker_goes_on(pool):
