@@ -107,214 +107,119 @@ def test_extraction_is_linear(text):
     assert time.monotonic() - start < HANG_GUARD
 
 
-# -------------------------------------------------------------------------------------- equivalence
-
-EQUAL = [  # (answer, gold)
-    ("18", "18"),
-    (" 18 ", "18"),
-    ("$18$", "18"),
-    ("$ 18 $", "18"),
-    ("18.0", "18"),
-    ("18.", "18"),
-    ("+18", "18"),
-    ("-3", "-3.00"),
-    ("070", "70"),
-    (".5", "0.5"),
-    ("1,234", "1234"),
-    ("1{,}234", "1234"),
-    ("10080", r"10,\!080"),
-    ("1,234,567.50", "1234567.5"),
-    (r"\$1,234.50", "1234.5"),
-    ("9" * 1000 + ".0", "9" * 1000),
-    ("0.5", r"\frac{1}{2}"),
-    ("1/2", r"\frac{1}{2}"),
-    (r"\dfrac{1}{2}", r"\frac12"),
-    (r"\frac{2}{4}", r"\frac{1}{2}"),
-    (r"1\frac{1}{2}", r"\frac{3}{2}"),
-    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
-    (r"2\sqrt{2}", r"\sqrt{8}"),
-    (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
-    (r"11\sqrt2", r"11\sqrt{2}"),
-    ("2^{10}", "1024"),
-    (r"2 \times 10^3", "2000"),
-    ("5!", "120"),
-    (r"\binom{5}{2}", "10"),
-    (r"\log_2 8", "3"),
-    (r"\sin(\pi/6)", r"\frac{1}{2}"),
-    (r"3\pi", r"\pi \cdot 3"),
-    ("x^2+2x+1", "(x+1)^2"),
-    ("p - q", "-q + p"),
-    ("x=5", "5"),
-    ("y = 2x + 3", "2x+3"),
-    ("{1,2}", r"\{1, 2\}"),
-    (r"\{2,1\}", r"\{1,2\}"),
-    ("2, 1", "1,2"),
-    (r"10 \text{ or } 12", "10, 12"),
-    (r"\emptyset", r"\{\}"),
-    (r"\left(3,\frac{\pi}{2}\right)", r"(3, \frac{\pi}{2})"),
-    ("[0,1)", "[0, 1)"),
-    (r"(-\infty,2)\cup(3,\infty)", r"(-\infty, 2) \cup (3, \infty)"),
-    (r"x \in [-2,7]", "[-2,7]"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ("A", r"\text{A}"),
-    (r"\text{(C)}", "C"),
-    (r"\text{even}", "even"),
-    (r"5\text{ cm}", "5"),
-    (r"120^\circ", "120"),
-    (r"50\%", "50"),
-    (r"50\%", "0.5"),
-    (r"\boxed{2}", "2"),
-    (r"$1$ or $2$", "1,2"),
-]
-
-UNEQUAL = [
-    ("3", "4"),
-    ("18", "-18"),
-    ("1,234", "1235"),
-    ("12,34", "1234"),
-    ("0.333", "0.3333"),
-    ("0.333", r"\frac{1}{3}"),
-    ("9" * 1000, "9" * 999 + "8"),
-    (r"\frac{1}{2}", r"\frac{2}{1}"),
-    (r"\sqrt{2}", "1.41"),
-    (r"\pi", "3.14"),
-    (r"\infty", r"-\infty"),
-    ("i", "-i"),
-    ("x", "y"),
-    ("x^2", "x^3"),
-    ("(1,2)", "(2,1)"),
-    ("(0,1)", "[0,1]"),
-    ("[0,1)", "(0,1]"),
-    (r"\{1,2\}", r"\{1,3\}"),
-    ("1,2", "1,2,3"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}2\\1\end{pmatrix}"),
-    ("B", "A"),
-    (r"\text{odd}", r"\text{even}"),
-    (r"7\text{ cm}", "5"),
-    ("six", "6"),
-    ("", "1"),
-    (" ", ""),
-    ("$", "5"),
-    (".", "0"),
-    ("-", "0"),
-    ("?", "1"),
-]
+# ----------------------------------------------------------------------------------------- processes
 
 
-@pytest.mark.parametrize(("answer", "gold"), EQUAL)
-def test_equal(answer, gold):
-    assert is_equivalent(answer, gold, seconds=30.0)
+@pytest.fixture
+def pool():
+    """A pool of its own, and the promise that it leaves no process behind."""
+    pool = reward.Pool()
+    yield pool
+    pids = [worker.process.pid for worker in pool.idle + pool.busy]
+    pool.close()
+    assert all(ends(pid) for pid in pids)
 
 
-@pytest.mark.parametrize(("answer", "gold"), UNEQUAL)
-def test_unequal(answer, gold):
-    assert not is_equivalent(answer, gold, seconds=30.0)
+def group_lives(pid: int) -> bool:
+    """Whether a worker or the child that compares for it is there; those it leads share its group."""
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0])
-def test_a_limit_of_no_time_is_refused(seconds):
-    # A timer set to zero would be no timer at all.
-    with pytest.raises(ValueError, match="seconds"):
-        is_equivalent("1", "1", seconds=seconds)
+def ends(pid: int) -> bool:
+    """Whether the whole group ends, within HANG_GUARD."""
+    end = time.monotonic() + HANG_GUARD
+    while group_lives(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not group_lives(pid)
 
 
-# ------------------------------------------------------------------------------------------- worker
-
-HOSTILE = {
-    "tower": "9^{9^{9^{9}}}",
-    "tower of factorials": "((9!)!)!",
-    "long power": "10^{10^{10}}",
-    "python power": "10**10**10",
-    "modulo of a tower": r"7^{7^{7^{7}}} \mod 10",
-    "sum": r"\sum_{k=1}^{10^{9}} \frac{1}{k^k}",
-    "binomial": r"\binom{10^{10}}{10^{9}}",
-    "braces": "{" * 10_000 + "}" * 10_000,
-    "braces within the length limit": "{" * 900 + "1" + "}" * 900,
-    "brackets": "(" * 900 + "1" + ")" * 900,
-    "fractions": r"\frac{1}{" * 180 + "2" + "}" * 180,
-    "roots": r"\sqrt{" * 250 + "2" + "}" * 250,
-    "megabyte of text": "word " * 200_000,
-    "megabyte of digits": "9" * 1_000_000,
-    "null bytes": "1\0\0",
-    "surrogates": "\ud800\udfff\ud800",
-    "line breaks": "1\n2\r\n3\u2028",
-    "python": "__import__('os').system('exit 1')",
-    "braces of the wrong kind": "}}}{{{",
-    "unfinished": "\\",
-}
+def task(answer: str, gold: str, seconds: float = 30.0) -> str:
+    return json.dumps([answer, gold, None, seconds])
 
 
-@pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_answer_is_wrong_and_grading_goes_on(answer):
-    start = time.monotonic()
-    assert not is_equivalent(answer, r"\frac{3}{7}", seconds=0.5)
-    assert time.monotonic() - start < HANG_GUARD
-    reward._is_equivalent_symbolically.cache_clear()
-    assert is_equivalent("2x", "x + x", seconds=30.0)
+NEVER = r"\frac{(x+y+z+w)^{100}}{3}"  # sympy would expand it for hours
 
 
-def test_the_kernel_ends_one_long_call_in_c():
-    worker = reward.Worker()
-    assert worker.compare("2x", "x + x", 30.0)
-    process = worker.process
-    assert not worker.compare("9^{9^{9^{9}}}", "5", 0.5)
-    assert process.poll() == -signal.SIGALRM, "the worker should have died of its own timer"
-    assert worker.compare("3x", "x + 2x", 30.0), "a new worker should have taken over"
-    worker.close()
+def test_the_kernel_ends_one_long_call_and_the_worker_goes_on(pool):
+    verdicts = pool.run([task("2x", "x + x"), task(NEVER, r"\frac{3}{7}", 0.5), task("3x", "x + 2x")], 1)
+    assert [verdict.equal for verdict in verdicts] == [True, False, True]
+    assert verdicts[1].why == "time limit"
+    assert len(pool.idle) == 1, "one worker should have done it all"
 
 
-def test_a_killed_worker_is_replaced_and_none_is_left():
-    worker = reward.Worker()
-    assert worker.compare("2x", "x + x", 30.0)
-    first = worker.process
-    os.kill(first.pid, signal.SIGKILL)
-    assert worker.compare("2x", "x + x", 30.0), "the answer is right whoever killed the worker"
-    second = worker.process
-    assert second.pid != first.pid and first.poll() is not None
-    assert worker.close() is not None
-    assert second.poll() is not None, "close should leave no process behind"
-    assert worker.close() is None, "closing twice is harmless"
+def test_verdicts_stand_in_the_order_of_the_tasks(pool):
+    right = [bool(i % 3) for i in range(30)]
+    tasks = [task(f"{i}x + y", f"y + {i if r else i + 1}x") for i, r in enumerate(right)]
+    tasks.insert(0, task(NEVER, "x", 1.0))  # it ends after all the others
+    assert [verdict.equal for verdict in pool.run(tasks, 2)] == [False, *right]
+    assert len(pool.idle) == 2 and not pool.busy
 
 
-def test_the_worker_ends_with_its_standard_input():
-    process = subprocess.Popen(
-        [sys.executable, reward.__file__, "--worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+def test_a_killed_worker_is_replaced(pool):
+    assert pool.run([task("2x", "x + x")], 1)[0].equal
+    first = pool.idle[0].process
+    os.killpg(first.pid, signal.SIGKILL)
+    assert pool.run([task("2x", "x + x")], 1)[0].equal, "the answer is right whoever killed the worker"
+    assert pool.idle[0].process.pid != first.pid and first.poll() is not None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the child in /proc")
+def test_a_killed_child_is_replaced(pool):
+    assert pool.run([task("2x", "x + x")], 1)[0].equal
+    pid = pool.idle[0].process.pid
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        os.kill(int(file.read()), signal.SIGKILL)
+    assert pool.run([task("3x", "x + 2x")], 1)[0].equal
+    assert pool.idle[0].process.pid == pid
+
+
+def test_a_worker_ends_with_its_standard_input():
+    command = [sys.executable, reward.__file__, "--worker"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    replies, _ = process.communicate(task("2x", "x+x") + "\n" + task("x", "y") + "\n", timeout=HANG_GUARD)
+    ready, *verdicts = replies.splitlines()
+    assert ready == "ready" and [json.loads(verdict)[0] for verdict in verdicts] == [True, False]
+    assert process.returncode == 0 and not group_lives(process.pid)
+
+
+def test_workers_end_when_this_process_is_killed():
+    program = f"import reward; p = reward.Pool(); p.run(['{task('2x', 'x')}'], 1); " + (
+        f"print(p.idle[0].process.pid, flush=True); p.run([{task(NEVER, 'x', 1.0)!r}], 1)"
     )
-    replies, _ = process.communicate(
-        json.dumps(["2x", "x+x", 30.0]) + "\n" + json.dumps(["x", "y", 30.0]) + "\n",
-        timeout=HANG_GUARD,
-    )
-    assert replies.splitlines() == ["ready", "true", "false"]
-    assert process.returncode == 0
+    folder = os.path.dirname(reward.__file__)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=folder, stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    assert ends(worker)
 
 
-def test_an_interrupted_task_does_not_answer_the_next():
+def test_an_interrupted_task_does_not_answer_the_next(pool):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    worker = reward.Worker()
-    assert worker.compare("2x", "x + x", 30.0)
+    assert pool.run([task("2x", "x + x")], 1)[0].equal
+    pid = pool.idle[0].process.pid
     previous = signal.signal(signal.SIGALRM, interrupt)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.2)
         with pytest.raises(KeyboardInterrupt):
-            worker.compare("9^{9^{9^{9}}}", "5", 30.0)
+            pool.run([task(NEVER, "5")], 1)
     finally:
         signal.signal(signal.SIGALRM, previous)
-    assert worker.process is None, "the busy worker should be gone, and its reply with it"
-    assert worker.compare("2x", "x + x", 30.0)
-    worker.close()
+    assert not pool.idle and not pool.busy and ends(pid), "the busy worker should be gone"
+    assert pool.run([task("2x", "x + x")], 1)[0].equal
 
 
-def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch):
+def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(pool, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    worker = reward.Worker()
     with pytest.raises(RuntimeError, match="--worker"):
-        worker.compare("2x", "x + x", 30.0)
-    assert worker.process is None
+        pool.run([task("2x", "x + x")], 2)
 
 
 def test_memory_is_limited():
@@ -332,27 +237,36 @@ def test_memory_is_limited():
     assert done.stdout == "ready\n" and "MemoryError" in done.stderr
 
 
-def test_the_same_pair_is_graded_once():
-    reward._is_equivalent_symbolically.cache_clear()
-    for _ in range(3):
-        assert is_equivalent(r"\frac{6}{14}", r"\frac{3}{7}", seconds=30.0)
-    assert reward._is_equivalent_symbolically.cache_info().misses == 1
+def test_the_same_pair_is_compared_once(monkeypatch):
+    asked = []
+    run = reward.Pool.run
+    monkeypatch.setattr(reward.Pool, "run", lambda self, tasks, n: asked.extend(tasks) or run(self, tasks, n))
+    pairs = [(r"\frac{6x}{14}", r"\frac{3x}{7}", None)] * 3 + [("5", "5", None)]
+    for _ in range(2):
+        assert all(verdict.equal for verdict in reward.judge_all(pairs, seconds=29.0))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0])
+def test_a_limit_of_no_time_is_refused(seconds):
+    # A timer set to zero would be no timer at all.
+    with pytest.raises(ValueError, match="seconds"):
+        is_equivalent("1", "1", seconds=seconds)
+
+
+def test_reward_needs_no_torch():
+    program = "import sys, reward; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(reward.__file__)).returncode == 0
+    )
 
 
 # ------------------------------------------------------------------------------------------ rewards
 
 
-def graded(correct, tpf=1.0, block_size=4):
-    return Graded(
-        text="",
-        answer=None,
-        gold="1",
-        correct=correct,
-        num_tokens=8,
-        truncated=False,
-        tokens_per_forward=tpf,
-        block_size=block_size,
-    )
+def graded(correct, tpf=1.0, block_size=4, **fields):
+    values = {"text": "", "answer": None, "gold": "1", "num_tokens": 8, "truncated": False} | fields
+    return Graded(correct=correct, tokens_per_forward=tpf, block_size=block_size, **values)
 
 
 @pytest.mark.parametrize(
@@ -382,9 +296,101 @@ def test_speed(correct, tpf, block_size, value):
     assert reward.speed(graded(correct, tpf, block_size)) == pytest.approx(value)
 
 
-def test_accuracy():
-    assert reward.accuracy(graded(True)) == 1.0
-    assert reward.accuracy(graded(False)) == 0.0
+@pytest.mark.parametrize(
+    ("correct", "tpf", "value"),
+    [(True, 1.0, 0.5), (True, 4.0, 0.5), (False, 1.0, 0.0), (False, 2.5, -0.25), (False, 4.0, -0.5)],
+)
+def test_speed_penalty(correct, tpf, value):
+    assert reward.speed_penalty(graded(correct, tpf)) == pytest.approx(value)
+
+
+def test_accuracy_binary_boxed():
+    assert [reward.accuracy(graded(c)) for c in (True, False)] == [1.0, 0.0]
+    assert [reward.binary(graded(c)) for c in (True, False)] == [1.0, -1.0]
+    assert [reward.boxed(graded(False, answer=a)) for a in ("2", "", None)] == [0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("<think>2 + 2</think> 4", 1.0),
+        (" \n<think>\n2 + 2\n</think>\n\n4\n", 1.0),
+        ("<think></think>4", 1.0),
+        ("<think>2 + 2 4", 0.0),
+        ("2 + 2</think> 4", 0.0),
+        ("<think>2 + 2</think>", 0.0),
+        ("<think>2 + 2</think> \n", 0.0),
+        ("Well, <think>2 + 2</think> 4", 0.0),
+        ("<think>2 <think>+ 2</think> 4", 0.0),
+        ("<think>2 + 2</think> 4 </think>", 0.0),
+        ("<think>2</think> 4 <think>5</think> 6", 0.0),
+        ("4", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_think_format(text, value):
+    assert reward.think_format(graded(False, text=text)) == value
+    assert reward.REWARDS["format"] is reward.think_format
+
+
+@pytest.mark.parametrize(
+    ("correct", "num_tokens", "truncated", "value"),
+    [
+        # of 300 tokens: (1 + cos 0) / 2 = 1, at a third (1 + 1/2) / 2 = 3/4, half way 1/2, at the end 0
+        (True, 0, False, 1.0),
+        (True, 100, False, 0.875),
+        (True, 150, False, 0.75),
+        (True, 300, False, 0.5),
+        (False, 0, False, -0.5),
+        (False, 100, False, -0.375),
+        (False, 150, False, -0.25),
+        (False, 300, False, 0.0),
+        (False, 300, True, -0.5),
+        (False, 303, False, 0.0),  # the last block may end beyond the limit
+    ],
+)
+def test_cosine(correct, num_tokens, truncated, value):
+    case = graded(correct, num_tokens=num_tokens, truncated=truncated, max_tokens=300)
+    assert reward.cosine(case) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "value"), [(0, 0.0), (150, 0.0), (151, -1 / 150), (225, -0.5), (300, -1.0), (400, -1.0)]
+)
+def test_soft_overlong(num_tokens, value):
+    assert reward.soft_overlong(graded(True, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("correct", "num_tokens", "value"),
+    [(True, 0, 0.5), (True, 75, 0.25), (True, 150, 0.0), (True, 300, -0.5), (True, 400, -0.5),
+     (False, 0, 0.0), (False, 75, 0.0), (False, 225, -0.25), (False, 300, -0.5)],
+)  # fmt: skip
+def test_length(correct, num_tokens, value):
+    assert reward.length(graded(correct, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", 0.0),
+        ("one two", 0.0),
+        ("one two three", 0.0),
+        ("a b c d e f", 0.0),
+        ("a a a a", -0.5),  # two 3-grams, one of them new
+        ("A a a a", -0.5),
+        ("a b c a b c", -0.25),  # abc bca cab abc
+        ("no " * 102, -0.99),
+    ],
+)
+def test_repetition(text, value):
+    assert reward.repetition(graded(True, text=text)) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("name", ["cosine", "soft_overlong", "length"])
+def test_a_reward_of_length_without_the_limit_is_an_error(name):
+    with pytest.raises(ValueError, match="max_tokens"):
+        reward.score(graded(True), {name: 1.0})
 
 
 def test_score_is_unweighted_and_total_is_weighted():
@@ -396,11 +402,26 @@ def test_score_is_unweighted_and_total_is_weighted():
 
 
 def test_check_names():
-    reward.check_names({"accuracy": 1.0, "speed": 0.0})
+    reward.check_names(dict.fromkeys(reward.REWARDS, 1.0))
     with pytest.raises(ValueError, match="'sped'.*accuracy, speed"):
         reward.check_names({"accuracy": 1.0, "sped": 1.0})
     with pytest.raises(ValueError, match="accuracy, speed"):
         reward.check_names({})
+
+
+def test_a_reward_of_your_own_by_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def tokens(graded):\n    return graded.num_tokens / 10\n\nten = 10\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = {"accuracy": 1.0, "my_rewards.tokens": 0.5}
+    reward.check_names(weights)
+    rewards = reward.score(graded(True, num_tokens=20), weights)
+    assert rewards == {"accuracy": 1.0, "my_rewards.tokens": 2.0}
+    assert reward.total(rewards, weights) == 2.0
+    for name in ("my_rewards.missing", "my_rewards.ten", "not_there.tokens", ".tokens", "tokens."):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            reward.check_names({name: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -423,6 +444,87 @@ def test_grade(text, truncated, answer, correct):
         block_size=4,
     )
     assert result == Graded(text, answer, r"\frac{1}{2}", correct, 5, truncated, 2.0, 4)
+
+
+def test_grade_all_is_grade_for_each():
+    texts = [
+        r"\boxed{0.5}",
+        r"\boxed{0.5}",
+        "one half",
+        r"\boxed{\frac{x}{2}}",
+        r"\boxed{4.25}",
+        r"\boxed{4.3}",
+    ]
+    golds = [r"\frac12", r"\frac12", r"\frac12", "0.5x", "4.2", "4.2"]
+    truncated = [False, True, False, False, False, False]
+    tolerances = [None, None, None, None, 0.1, None]
+    common = {"block_size": 4, "max_tokens": 64}
+    batch = reward.grade_all(
+        texts, golds, num_tokens=[1, 2, 3, 4, 5, 6], truncated=truncated,
+        tokens_per_forward=[1.0] * 6, tolerances=tolerances, **common,
+    )  # fmt: skip
+    one_by_one = [
+        grade(
+            text, gold, num_tokens=i + 1, truncated=cut, tokens_per_forward=1.0, tolerance=tolerance, **common
+        )
+        for i, (text, gold, cut, tolerance) in enumerate(
+            zip(texts, golds, truncated, tolerances, strict=True)
+        )
+    ]
+    assert batch == one_by_one
+    assert [g.correct for g in batch] == [True, False, False, True, True, False]
+    assert reward.grade_all([], [], num_tokens=[], truncated=[], tokens_per_forward=[], block_size=4) == []
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, reward.__file__, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_GUARD, check=False)
+
+
+def test_check_explains_each_verdict(tmp_path):
+    rows = [
+        {"text": r"So \boxed{\dfrac{1}{2}}.", "gold": "0.5"},
+        {"response": r"\boxed{5 km}", "answer": r"5\text{ kg}"},
+        {"text": r"\boxed{2, 1}", "gold": "1,2"},
+        {"text": "no box", "gold": "7"},
+        {"text": r"\boxed{4.25}", "gold": "4.2", "tolerance": 0.1},
+    ]
+    file = tmp_path / "responses.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    done = launch("--check", str(file))
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if not line.startswith("  ")] == [
+        "1 right: numbers",
+        "2 wrong: different units",
+        "3 right: parts of a list in any order",
+        "4 wrong: no answer",
+        "5 right: numbers, within 0.1",
+        "3 of 5 right",
+    ]
+    assert r"answer '\\dfrac{1}{2}', normal form '\\frac{1}{2}'" in done.stdout
+    assert "answer no closed box" in done.stdout
+
+
+@pytest.mark.parametrize("row", ["{}", "[1]", "no json", '{"text": "1"}', '{"gold": "1"}'])
+def test_check_names_the_bad_line(tmp_path, row):
+    file = tmp_path / "responses.jsonl"
+    file.write_text(json.dumps({"text": "", "gold": "1"}) + "\n" + row + "\n")
+    done = launch("--check", str(file))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{file}:2" in done.stderr
+
+
+def test_check_without_a_file():
+    done = launch("--check", "/nowhere.jsonl")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/nowhere.jsonl" in done.stderr
+
+
+def test_draw(tmp_path):
+    file = tmp_path / "rewards.png"
+    assert launch("--draw", str(file)).returncode == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_example_runs_as_a_user_would_run_it():

@@ -1,0 +1,521 @@
+r"""Answers: does what stands in the box mean the same as the gold answer?
+
+`extract_answer` finds the box, `normal_form` gives LaTeX one spelling, and `compare` goes by
+structure: it takes lists, sets, tuples, intervals and matrices apart, then equations, units,
+numbers and words. math-verify is asked only about single expressions, where it is right. (Alone it
+reads `Tom` as T*o*m and so as `Mot`, `5 km` as `5 m`, `3m` as `3`, and takes any two equations
+without solutions for the same.)
+
+    any order     lists `1,2` (also `or`, `\pm`), sets `\{1,2\}`, unions of intervals
+    in order      tuples and intervals with their brackets, matrices; `3,2` will do for `(3,2)`
+    one side only a unit, a percent or degree sign, a base, `x =`: not held against the answer, as the
+                  question has settled it; what both sides write must agree, or convert (km and m)
+    decimals      exact, except that six digits or more may be the rounding of what is no decimal
+    words         without regard to capitals; never as products of letters
+
+`compare` may run for ever, as the policy writes the answers: reward.py calls it in processes that
+the kernel ends. `quick_verdict` is safe anywhere, and enough for most answers.
+
+Left out on purpose: answers outside a box, radians against degrees, numbers as words.
+"""
+
+import functools
+import re
+from decimal import Context, Decimal, Overflow
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_CHARS = 2_000  # a longer answer is no final answer, and parsing time grows with the length
+MAX_DEPTH = 40  # brackets within brackets; parsing time grows faster than the depth
+
+# A backslash and what follows it are one token, so `\{` and `\}` do not count as braces. Two
+# backslashes before `boxed` are allowed: a line break, or an answer that was escaped twice.
+TOKEN = re.compile(r"(?P<box>\\\\?boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+
+
+class Verdict(NamedTuple):
+    """Whether an answer is right, and why in a few words."""
+
+    equal: bool
+    why: str
+
+
+def extract_answer(text: str) -> str | None:
+    r"""Content of the `\boxed{...}` that closes last, exactly as written; None if no box closes.
+
+    A box that never closes is no answer, but does not hide a closed one before or inside it. Of
+    nested boxes the outer one counts. One pass over the text: linear time for any input.
+    """
+    last = None  # span of the box that closed last
+    stack: list[int | None] = []  # one entry per open brace: where a box's content starts, or None
+    for token in TOKEN.finditer(text):
+        if token["box"]:
+            stack.append(token.end())
+        elif token["open"]:
+            stack.append(None)
+        elif token["close"] and stack:
+            start = stack.pop()
+            if start is not None:
+                last = start, token.start()
+    return text[slice(*last)] if last else None  # cut once: nested boxes would be copied per level
+
+
+UNICODE = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty "}
+    | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "\xa0": " "}
+)
+# In this order. (?<!\\) keeps the second half of a matrix's `\\` out of it; "whole" matches all or nothing.
+REWRITES = [
+    # what surrounds: boxes, dollars, sizes of brackets; thousands; spaces
+    (r"\\boxed\s*\{(.*)\}|\*\*(.*)\*\*", r"\1\2", "whole"),
+    (r",\s*\\!\s*(?=\d{3})", ","),
+    (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
+    (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
+    (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
+    # other names for the same command; degrees, percent, separators, money
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\(l|g)(?:e|eq|eqslant)(?![a-z])", r"\\\1e "),
+    (r"\\(?:math|text)(?:rm|bf|it|sf|normal)\s*\{|\\(?:mbox|operatorname\*?|text)\s*\{", r"\\text{"),
+    (r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])|\\text\{\s*degrees?\s*\}", "°"),
+    (r"\\%|\\text\{\s*(?:\\?%|percent)\s*\}|\s*\bpercent\b", "%"),
+    (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))|;", ","),
+    (r"\\text\{([^{}]*[\d,;][^{}]*)\}", r"\1", "whole"),
+    (r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}"),
+    (r"(?<![\d,(\[{])(\d{1,3}(?:,\d{3})+)(?![\d)\]}]|,\d)", lambda m: m[1].replace(",", "")),
+    # arguments without braces, commands without backslash
+    (r"\\frac\s*([0-9a-z])\s*(?=[0-9a-z{\\])", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\})\s*([0-9a-z])", r"\1{\2}"),
+    (r"\\sqrt\s*([0-9a-z])", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])(pi|theta|alpha|beta|sin|cos|tan|cot|sec|csc|log|ln|infty)(?![A-Za-z])", r"\\\1 "),
+    (r"(?<![\\A-Za-z])inf(?:inity)?(?![A-Za-z])", r"\\infty "),
+    (r"\\(?:emptyset|varnothing)", r"\\{\\}"),
+    (r"\*\*", "^"),
+    (r"([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"),
+    # a leading `x \\in`, marks at the ends, spaces that separate no words
+    (r"^\\?[A-Za-z](?:_\{\w+\})?\s*\\in(?![a-z])|[\s.,:]+$|^[\s,+]+", ""),
+    (r"(?<=\d) +(?=[A-Za-z])|(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
+]  # fmt: skip
+REWRITES = [(re.compile(p, re.DOTALL), r, bool(whole)) for p, r, *whole in REWRITES]
+
+
+@functools.lru_cache(maxsize=2**14)
+def normal_form(text: str) -> str:
+    """One spelling for what LaTeX spells in many ways, without white space that means nothing."""
+    text = text.strip().translate(UNICODE)
+    for pattern, replacement, whole in REWRITES:
+        if not whole:
+            text = pattern.sub(replacement, text)
+        elif found := pattern.fullmatch(text):
+            text = found.expand(replacement)
+    return text.strip()
+
+
+_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+NUMBER = re.compile(
+    rf"([+-]?)(?:({_DECIMAL})|(?:(\d+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
+    rf"|(?:(\d+) )?({_DECIMAL})/({_DECIMAL}))"
+)
+
+
+def number(text: str) -> Fraction | None:
+    r"""The value of a decimal, a fraction or a mixed number (`1\frac45`, `1 4/5`) in normal form."""
+    found = NUMBER.fullmatch(text)
+    if not found:
+        return None
+    sign, decimal, whole, top, bottom, whole2, top2, bottom2 = found.groups()
+    if decimal:
+        value = Fraction(decimal)
+    else:
+        divisor = Fraction(bottom or bottom2)
+        if not divisor or (whole and (top + bottom).strip("0123456789.")):
+            return None
+        value = Fraction(whole or whole2 or 0) + Fraction(top or top2) / divisor
+    return -value if sign == "-" else value
+
+
+def quick_verdict(answer: str, gold: str, tolerance: float | None) -> Verdict | None:
+    """The verdict where it is cheap and safe to find, which is on most answers; None elsewhere."""
+    if not answer.strip():
+        return Verdict(False, "no answer")
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return Verdict(answer.strip() == gold.strip(), f"longer than {MAX_CHARS} characters")
+    if "".join(answer.split()) == "".join(gold.split()):
+        return Verdict(True, "same text")
+    if _depth(answer) > MAX_DEPTH:
+        return Verdict(False, f"brackets more than {MAX_DEPTH} deep")
+    answer, gold = normal_form(answer), normal_form(gold)
+    if not answer or answer == gold:
+        return Verdict(answer != "", "same normal form" if answer else "no answer")
+    if number(answer) is not None and number(gold) is not None:
+        return _compare_numbers(answer, gold, tolerance)
+    return None
+
+
+def _compare_numbers(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    a, g = number(answer), number(gold)
+    if tolerance is not None:
+        return Verdict(abs(a - g) <= Fraction(str(tolerance)), f"numbers, within {tolerance}")
+    # 0.333333 is right for 1/3, and 0.333 is not. Two decimals are compared exactly.
+    digits = [_decimals(text) for text in (answer, gold)]
+    rounded = _is_rounded(a, g, *digits)
+    return Verdict(a == g or rounded, "decimal of at least six digits" if rounded else "numbers")
+
+
+def _decimals(text: str) -> int | None:
+    """Digits after the point of a decimal, None for anything else."""
+    found = re.fullmatch(r"[+-]?\d*\.?(\d*)", text)
+    return len(found[1]) if found and "." in text else None
+
+
+def _is_rounded(a, g, *digits: int | None) -> bool:
+    """Whether the one of the two that is a decimal agrees with the other to its last digit."""
+    count = max(d or 0 for d in digits)
+    close = digits.count(None) == 1 and count >= 6 and abs(a - g) < Fraction(1, 10**count)
+    return bool(close and abs(a - g) * 10**5 < abs(g))  # six zeros after the point say nothing
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Parts of a text between the separators that stand outside all brackets."""
+    parts, depth, start = [], 0, 0
+    for token in re.finditer(r"\\begin|\\end|[(\[{]|[)\]}]|" + re.escape(separator), text):
+        if token[0] == separator:
+            if depth == 0:
+                parts.append(text[start : token.start()])
+                start = token.end()
+        else:
+            depth += 1 if token[0] in ("\\begin", "(", "[", "{") else -1
+    return [*parts, text[start:]]
+
+
+MATRIX = re.compile(r"\[?\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}\]?", re.DOTALL)
+
+
+def shape(text: str) -> tuple[str, list[str]]:
+    r"""What a normal form is made of: its kind and its parts.
+
+    >>> shape("1,2"), shape(r"\{1,2\}"), shape("(1,2]"), shape("x+1")
+    (('list', ['1', '2']), ('set', ['1', '2']), ('(]', ['1', '2']), ('single', ['x+1']))
+    """
+    items = split(text, ",")
+    braces = re.fullmatch(r"\\?\{(.*?)\\?\}", text, re.DOTALL)
+    if len(items) == 1 and braces and _is_balanced(braces[1]):
+        return "set", _both_signs(split(braces[1], ",")) if braces[1] else []
+    items = _both_signs(items)
+    if len(items) > 1:
+        return "list", items
+    if len(parts := split(text, r"\cup")) > 1:
+        return "union", parts
+    if (found := MATRIX.fullmatch(text)) and r"\begin" not in found[2]:
+        rows = [row.split("&") for row in re.sub(r"\\\\\s*$", "", found[2]).split(r"\\")]
+        return f"{len(rows)} x {len(rows[0])} matrix", [cell.strip() for row in rows for cell in row]
+    if text[:1] in ("(", "[") and text[-1] in ")]" and _is_balanced(text[1:-1]):
+        parts = split(text[1:-1], ",")
+        if len(parts) > 1:
+            return text[0] + text[-1], parts
+    return "single", [text]
+
+
+def _both_signs(items: list[str]) -> list[str]:
+    r"""`1\pm x` as the two values it stands for."""
+    signs = [(r"\pm", "+", "-"), (r"\mp", "-", "+")]
+    result = []
+    for item in items:
+        if not re.search(r"\\(pm|mp)\b", item):
+            result.append(item)
+            continue
+        for which in (1, 2):
+            text = item
+            for sign in signs:
+                text = text.replace(sign[0], sign[which])
+            result.append(text.lstrip("+").replace("=+", "="))
+    return result
+
+
+def _is_balanced(text: str) -> bool:
+    return _depth(text) >= 0
+
+
+def _depth(text: str) -> int:
+    """How deep the brackets of a text are nested, whatever their kinds; -1 if they do not pair up."""
+    depth = deepest = 0
+    pairs = True
+    for token in re.finditer(r"[(\[{]|[)\]}]", text):
+        depth += 1 if token[0] in "([{" else -1
+        deepest, pairs = max(deepest, depth), pairs and depth >= 0
+    return deepest if (pairs and depth == 0) or deepest > MAX_DEPTH else -1
+
+
+NAME = re.compile(
+    r"\\?[A-Za-z]+(?:_\{[^=]*\})?'*(?:\([a-z\d]+(?:,[a-z\d]+)*\))?|\([a-z](?:,[a-z])+\)|\\(?:angle|text|overline).*"
+)
+
+
+def compare(answer: str, gold: str, tolerance: float | None = None) -> Verdict:
+    """Verdict on two normal forms. May run for ever: see reward.py."""
+    if answer == gold:
+        return Verdict(True, "same normal form")
+    (kind, items), (gold_kind, gold_items) = shape(answer), shape(gold)
+    kinds = {kind, gold_kind}
+    if kinds == {"set", "single"} and len(items) == len(gold_items) == 1:
+        return compare(items[0], gold_items[0], tolerance)
+    if kinds <= {"list", "set"} or kinds == {"union"}:
+        verdict = _match(items, gold_items, tolerance, f"parts of a {gold_kind} in any order")
+        if verdict.equal or kinds != {"union"}:
+            return verdict
+        return _compare_expressions(answer, gold, tolerance)  # pieces that touch may be merged
+    if kind == gold_kind != "single" or kinds == {"list", "()"}:
+        equal = len(items) == len(gold_items) and all(
+            compare(a, g, tolerance).equal for a, g in zip(items, gold_items, strict=True)
+        )
+        return Verdict(equal, f"parts of a {gold_kind} in order")
+    rest = kinds - {"single", "union"}  # an interval may also be an inequality, or pieces joined
+    if len(rest) > 1 or not rest <= {"()", "(]", "[)", "[]"}:
+        return Verdict(False, f"a {kind} is no {gold_kind}")
+    return _compare_named(answer, gold, tolerance)
+
+
+def _match(items: list[str], gold_items: list[str], tolerance: float | None, why: str) -> Verdict:
+    """Every part has its partner, each used once; parts that are spelled alike go first."""
+    if len(items) != len(gold_items):
+        return Verdict(False, f"{len(items)} parts, not {len(gold_items)}")
+    left = list(gold_items)
+    rest = [item for item in items if item not in left or left.remove(item)]
+    for item in rest:
+        partner = next((gold for gold in left if compare(item, gold, tolerance).equal), None)
+        if partner is None:
+            return Verdict(False, why + f": {item} has no partner")
+        left.remove(partner)
+    return Verdict(True, why)
+
+
+def _compare_named(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    """`x = 5` against `5`, `f(x) = x` against `f(t) = t`, equations against equations."""
+    (*names, value), (*gold_names, gold_value) = split(answer, "="), split(gold, "=")
+    if names and gold_names and (names[0] == gold_names[0] or _same_function(names[0], gold_names[0])):
+        variable, gold_variable = names[0][-2:-1], gold_names[0][-2:-1]
+        if names[0] != gold_names[0]:
+            value = re.sub(rf"(?<![\\A-Za-z]){variable}(?![A-Za-z])", gold_variable, value)
+        if NAME.fullmatch(gold_names[0]):
+            return compare(value, gold_value, tolerance)
+    if names and not gold_names:
+        # The question asks for x + y, and the answer says x + y = 5. But 2x - y = 0 is no way to say 0.
+        named = NAME.fullmatch(names[0]) or not re.search("[A-Za-z]", names[0]) or number(gold)
+        if named and not re.search(r"[<>]|\\[lgn]e\b", gold):
+            return compare(value, gold, tolerance)
+    if gold_names and not names and NAME.fullmatch(gold_names[0]):
+        return compare(answer, gold_value, tolerance)
+    if names and gold_names:
+        return _compare_expressions(answer, gold, tolerance)
+    if names or gold_names:
+        return Verdict(False, "an equation is no value")
+    return _compare_quantities(answer, gold, tolerance)
+
+
+def _same_function(name: str, gold_name: str) -> bool:
+    """`f(t)` and `f(x)`: the letter of the argument is free."""
+    return name[:-2] == gold_name[:-2] and bool(re.fullmatch(r"[A-Za-z]\([a-z]\)", name))
+
+
+# name: (dimension, how many of its base unit), and what else it is called
+_UNITS = """m:metre,meter=m 1|km:kilometre,kilometer=m 1000|cm:centimetre,centimeter=m 1/100
+mm:millimetre,millimeter=m 1/1000|inch:in,inche=m 127/5000|ft:foot,feet=m 381/1250|yd:yard=m 1143/1250
+mi:mile=m 201168/125|g:gram=g 1|kg:kilogram=g 1000|mg:milligram=g 1/1000|lb:pound=lb 1|oz:ounce=lb 1/16
+s:sec,second=s 1|min:minute=s 60|h:hr,hour=s 3600|day:d=s 86400|week:wk=s 604800|year:yr=year 1
+month:mo=year 1/12|dollar:usd,buck=$ 1|cent:=$ 1/100|l:litre,liter=l 1|ml:millilitre,milliliter=l 1/1000
+degree:deg,°=° 1|%:=% 1|mph:=mph 1|unit:="""  # "unit" says nothing
+UNITS = {
+    name: tuple(meaning.split())
+    for entry in _UNITS.replace("\n", "|").split("|")
+    for names, _, meaning in [entry.partition("=")]
+    for name in re.split("[:,]", names)
+    if name
+}
+_TEXT = r"\\text\{[^{}]*\}"
+UNIT = re.compile(rf"(.*[^-+*/^_({{\s])\s*((?:{_TEXT}|[°%])(?:/[a-z]+|/?{_TEXT}|\^\{{-?\d\}})*)", re.DOTALL)
+BARE_UNIT = re.compile(
+    r"([-+\d./ ]*\d|.*\\frac\{[^{}]*\}\{[^{}]*\}|.*\\sqrt\{[^{}]*\})\s*([A-Za-z][A-Za-z /.]+(?:\^\{\d\})?)"
+)
+BASE = re.compile(r"([0-9A-F]+)_\{(?:\\text\{)?(\w+)\}?\}")
+
+
+def split_unit(text: str) -> tuple[str, dict[str, int] | None, Fraction]:
+    """The value of a normal form, the dimensions of its unit (None: no unit) and its factor.
+
+    >>> split_unit("5km")
+    ('5', {'m': 1}, Fraction(1000, 1))
+    """
+    if found := BASE.fullmatch(text):
+        return found[1], {"base " + found[2]: 1}, Fraction(1)
+    found = UNIT.fullmatch(text) or BARE_UNIT.fullmatch(text)
+    if not found or (found.re is BARE_UNIT and not _is_unit(found[2])):
+        return text, None, Fraction(1)
+    dimensions, factor, sign = {}, Fraction(1), 1
+    unit = re.sub(r"\\text|[{}.]", " ", found[2]).lower()
+    unit = re.sub(
+        r"\b(square|sq|cubic|cu)\s+(\w+)", lambda m: m[2] + ("^2" if m[1][0] == "s" else "^3"), unit
+    )
+    for name, power in re.findall(r"([a-z°%]+|/)\s*(?:\^\s*(-?\d))?", re.sub(r"\bper\b", "/", unit)):
+        if name == "/":
+            sign = -1
+            continue
+        singular = name.removesuffix("s") if len(name) > 2 else name
+        dimension, size = UNITS.get(name) or UNITS.get(singular, (singular, 1)) or ("", 1)
+        exponent = sign * int(power or 1)
+        dimensions[dimension] = dimensions.get(dimension, 0) + exponent
+        factor *= Fraction(size) ** exponent
+    dimensions = {name: power for name, power in dimensions.items() if name and power}
+    return found[1], dimensions or None, factor
+
+
+def _is_unit(text: str) -> bool:
+    """Whether letters behind a number, without `\text`, are a unit or a noun: `5m` is 5 times m."""
+    words = re.findall("[A-Za-z]+", text)
+    return all(_is_word(w) or (len(w) > 1 and w.lower() in UNITS) or w == "h" for w in words)
+
+
+def _compare_quantities(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    """Values with their units: `1.5` hours are `90` minutes."""
+    value, unit, factor = split_unit(answer)
+    gold_value, gold_unit, gold_factor = split_unit(gold)
+    if unit is None and gold_unit is None:
+        return _compare_single(answer, gold, tolerance)
+    if unit is not None and gold_unit is not None:
+        if unit != gold_unit:
+            return Verdict(False, "different units")
+        if factor != gold_factor:
+            ratio = factor / gold_factor
+            value = _scaled(value, ratio)
+        return compare(value, gold_value, tolerance)
+    verdict = compare(value, gold_value, tolerance)
+    if not verdict.equal and {"%": 1} in (unit, gold_unit):  # 50 % is 50 or 0.5
+        ratio = Fraction(1, 100) if unit else Fraction(100)
+        verdict = compare(_scaled(value, ratio), gold_value, tolerance)
+    return verdict
+
+
+def _scaled(value: str, ratio: Fraction) -> str:
+    exact = number(value)
+    if exact is None:
+        return rf"({value})\cdot\frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
+    return _fraction(exact * ratio)
+
+
+def _fraction(value: Fraction) -> str:
+    return f"{value.numerator}/{value.denominator}"
+
+
+def _is_word(letters: str) -> bool:
+    """Whether a run of letters is a word, and not a product of variables such as ab, xyz or RC."""
+    if len(letters) < 3:
+        return (letters.istitle() and len(letters) == 2) or letters in ("no", "up")
+    return not letters.islower() or len(letters) > 4 or bool(set(letters) & set("aeiou") - set("abcd") or
+        set("a") & set(letters) and not set(letters) <= set("abcd"))  # fmt: skip
+
+
+def _words(text: str) -> str | None:
+    """A text answer in small letters without its marks; None for mathematics."""
+    plain = re.sub(r"\\text|[{}]", "", text)
+    if choice := re.fullmatch(r"\(?([A-Z])\)?[.:)]?", plain):
+        return choice[1]
+    letters = re.findall("[A-Za-z]+", plain)
+    if re.search(r"[^A-Za-z\s.,'’!?-]", plain) or not letters:
+        return None
+    if r"\text" in text or any(map(_is_word, letters)):
+        return " ".join(letters).casefold()
+    return None
+
+
+def _compare_single(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    """Numbers as numbers, words as words, the rest as expressions."""
+    if number(answer) is not None and number(gold) is not None:
+        return _compare_numbers(answer, gold, tolerance)
+    words, gold_words = _words(answer), _words(gold)
+    if words is not None or gold_words is not None:
+        return Verdict(words == gold_words, "words")
+    for text in (answer, gold):
+        mathematics = re.sub(r"\\(?!text)[A-Za-z]+", " ", text)
+        if r"\text" in mathematics or any(map(_is_word, re.findall("[A-Za-z]+", mathematics))):
+            return Verdict(False, "words within an expression: only the same text is equal")
+    answer, gold = (  # mixed numbers, which sympy takes for products
+        text if number(text) is None or _decimals(text) is not None else _fraction(number(text))
+        for text in (answer, gold)
+    )
+    return _compare_expressions(answer, gold, tolerance)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str):
+    """A sympy object by math-verify, on LaTeX only: nothing is evaluated as Python. None if it fails."""
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # Without its units: it takes the variable of 3m for metres and drops it.
+    rules = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="last")
+    latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
+    text = text.replace("°", r"^{\circ}").replace("%", r"\%")
+    parsed = parse(f"\\boxed{{{text}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
+    return parsed[0] if parsed else None
+
+
+def _compare_expressions(answer: str, gold: str, tolerance: float | None) -> Verdict:
+    """Numbers numerically, equations up to a factor, the rest by math-verify."""
+    import sympy
+    from math_verify import verify
+
+    a, g = _parse(answer), _parse(gold)
+    if a is None or g is None:
+        return Verdict(False, "cannot be read as mathematics: only the same text is equal")
+    if a == g:
+        return Verdict(True, "same expression")
+    for expression in (a, g):
+        _size(expression)
+    if isinstance(a, sympy.Eq) and isinstance(g, sympy.Eq):
+        ratio = sympy.simplify((a.lhs - a.rhs) / (g.lhs - g.rhs))
+        return Verdict(bool(ratio.is_number and ratio.is_finite and ratio != 0), "equations, up to a factor")
+    if all(isinstance(x, sympy.Expr) and not x.free_symbols for x in (a, g)):
+        return _compare_values(a, g, _decimals(answer), _decimals(gold), tolerance)
+    return Verdict(bool(verify(g, a, timeout_seconds=None, allow_set_relation_comp=True)), "math-verify")
+
+
+def _compare_values(a, g, digits: int | None, gold_digits: int | None, tolerance: float | None) -> Verdict:
+    """Two sympy expressions without variables: exactly if rational, else to twelve digits."""
+    a, g = a.doit(), g.doit()
+    if tolerance is not None:
+        return Verdict(bool(abs((a - g).evalf(30)) <= tolerance), f"numbers, within {tolerance}")
+    if a.is_Rational and g.is_Rational:
+        return Verdict(bool(a == g), "numbers")
+    x, y = a.evalf(30), g.evalf(30)
+    if not (abs(x) + abs(y)).is_finite:
+        return Verdict(False, "no numbers")
+    if _is_rounded(x, y, digits, gold_digits):
+        return Verdict(True, "decimal of at least six digits")
+    return Verdict(bool(abs(x - y) <= abs(y) * 1e-12), "numbers, to twelve digits")
+
+
+def _size(expression) -> Decimal:
+    """A bound on the size of an expression's values, to refuse `9^{9^{9}}` before it is computed.
+
+    Raises:
+        Overflow: more than 20,000 digits, or 3,000 with variables (each counts as 10).
+    """
+    digits = 3_000 if getattr(expression, "free_symbols", None) else 20_000  # powers of sums are expanded
+    context = Context(prec=9, Emax=digits, traps=[Overflow])
+    parts = [_size(part) for part in expression.args]
+    name = type(expression).__name__
+    if name in ("Sum", "Product"):  # over the second part: (k, first, last)
+        return context.power(Decimal(10), parts[1])
+    if name == "Pow":
+        return context.power(max(parts[0], Decimal(10)), parts[1])
+    if name == "factorial":
+        return context.power(max(parts[0], Decimal(10)), parts[0])
+    if name == "binomial":
+        return context.power(max(parts[0], Decimal(10)), min(parts[1], abs(parts[0] - parts[1])))
+    if not parts:
+        is_number = getattr(expression, "is_Number", False) and expression.is_finite
+        return abs(context.create_decimal(str(expression.evalf(9)))) if is_number else Decimal(10)
+    result = parts[0]
+    for part in parts[1:]:
+        result = context.multiply(result, part) if name == "Mul" else context.add(result, part)
+    return result
