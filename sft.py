@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +55,7 @@ from evaluate import (
     read_questions,
     read_rows,
     run_script,
+    start_distributed,
     summarize,
     write_json,
     writing,
@@ -447,19 +447,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return {name: state[name] for name in ("step", "cursor", "log_bytes")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}/state.json: cannot resume from it ({error})") from error
-
-
-def start_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device); starts the process group under torchrun, gloo or NCCL."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    if not dist.is_initialized():
-        return 0, 1, device
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def shard(model: BlockDiffusion, world: int, dtype: str) -> None:
