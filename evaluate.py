@@ -493,7 +493,7 @@ def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Quest
     texts = {n: json.dumps([dataclasses.astuple(q) for q in qs]) for n, qs in benchmarks.items()}
     run["questions"] = {n: hashlib.sha256(text.encode()).hexdigest() for n, text in texts.items()}
     file = out / "config.json"
-    if any(out.glob("responses-*.jsonl")):
+    if any(f.stat().st_size for f in out.glob("responses-*.jsonl")):
         try:
             before = json.loads(file.read_text())
         except (OSError, ValueError):
@@ -558,6 +558,7 @@ def answer_and_keep(
             row = {f: getattr(rollout, f) for f in fields} | {"seconds": seconds[rollout.seed]}
             file.write(json.dumps(row) + "\n")
             file.flush()
+            rollout.logprobs, rollout.hold_bounds = [], []  # of no use here, and much to gather
 
         answers = answer_questions(
             engine, tokenizer, questions, how, engine.block_size, config.samples, config.prompt,
