@@ -32,6 +32,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -44,20 +45,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+import report
 import reward
 from masking import InputError
 from model import find_folder, is_block_diffusion, load, load_tokenizer, stop_ids, writing
-from report import (
-    BENCHMARKS,
-    average,
-    bootstrap_interval,
-    draw_sweep,
-    majority,
-    paired_bootstrap,
-    pass_at_k,
-    published_table,
-    table,
-)
+from report import BENCHMARKS, Results, table
 from rollout import (
     Decoding,
     Engine,
@@ -433,12 +425,12 @@ def full_summary(answers: list[list[Answer]]) -> dict[str, Any]:
     """`summarize`, and the figures that are of no use during training."""
     correct = [[a.graded.correct for a in group] for group in answers]
     k = len(correct[0])
-    low, high = bootstrap_interval([fmean(c) for c in correct])
+    low, high = report.bootstrap_interval([fmean(c) for c in correct])
     powers = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
     return summarize(answers) | {
         "accuracy_low": low,
         "accuracy_high": high,
-        "pass_at": {str(j): fmean(pass_at_k(k, sum(c), j) for c in correct) for j in powers},
+        "pass_at": {str(j): fmean(report.pass_at_k(k, sum(c), j) for c in correct) for j in powers},
         "maj_at_k": fmean(majority_is_right(group) for group in answers),
     }
 
@@ -446,7 +438,7 @@ def full_summary(answers: list[list[Answer]]) -> dict[str, Any]:
 def majority_is_right(group: list[Answer]) -> bool:
     """maj@k of one question. Truncated samples have no vote: they are wrong whatever their box says."""
     graded = [a.graded for a in group]
-    winner = majority([None if g.truncated else g.answer for g in graded])
+    winner = report.majority([None if g.truncated else g.answer for g in graded])
     return winner is not None and graded[winner].correct
 
 
@@ -494,10 +486,7 @@ def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Quest
     run["questions"] = {n: hashlib.sha256(text.encode()).hexdigest() for n, text in texts.items()}
     file = out / "config.json"
     if any(f.stat().st_size for f in out.glob("responses-*.jsonl")):
-        try:
-            before = json.loads(file.read_text())
-        except (OSError, ValueError):
-            before = {}
+        before = json.loads(file.read_text()) if file.exists() else {}
         changed = [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]
         if changed:
             raise InputError(
@@ -582,12 +571,14 @@ def answer_and_keep(
     return figures | {"tokens_per_second": tokens / figures["seconds"]}
 
 
+# -------------------------------------------------------------------------------- comparing two runs
+
+
 def compare(first: Path, second: Path) -> str:
     """Accuracy of two finished runs on the same questions, Markdown, with a paired bootstrap.
 
     Raises:
-        InputError: a run is not finished, or they have no benchmark and rule in common, or its
-            questions differ.
+        InputError: a run is not finished; no benchmark and rule in common, or its questions differ.
     """
     runs = []
     for folder in (first, second):
@@ -597,21 +588,13 @@ def compare(first: Path, second: Path) -> str:
     common = sorted(runs[0].keys() & runs[1].keys())
     if not common:
         raise InputError(f"{first} and {second} have no benchmark and decoding rule in common")
-    lines = [
-        f"| | questions | {first} | {second} | difference | 95 % interval | p |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = {}
     for name in common:
         a, b = (correct_by_question(run[name]) for run in runs)
         if a.keys() != b.keys():
             raise InputError(f"{runs[1][name]}: other questions than {runs[0][name]}")
-        means = [[fmean(run[question]) for question in a] for run in (a, b)]
-        difference, low, high, p = paired_bootstrap(*means)
-        lines.append(
-            f"| {name} | {len(a)} | {100 * fmean(means[0]):.1f} % | {100 * fmean(means[1]):.1f} % "
-            f"| {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {p:.4f} |"
-        )
-    return "\n".join(lines)
+        rows[name] = [fmean(a[q]) for q in a], [fmean(b[q]) for q in a]
+    return report.comparison_table(str(first), str(second), rows)
 
 
 def correct_by_question(file: Path) -> dict[tuple[int, str, str], list[bool]]:
@@ -669,13 +652,19 @@ def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
 def decoding_rules(
     config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion: bool
 ) -> dict[str, Decoding]:
-    """What is measured, by name: every rule, and dynamic at every threshold of a sweep."""
+    """What is measured, by name: every rule, or dynamic at every threshold of a sweep instead.
+
+    Raises:
+        InputError: a banned token that is none, or a sweep with an autoregressive model.
+    """
     vocabulary = tokenizer.get_vocab()
     for token in config.banned:
         if token not in vocabulary:
             raise InputError(f"config key banned: {token!r} is not a token of {config.model}")
     how = Decoding.from_config(config, banned_ids=[vocabulary[token] for token in config.banned])
     if not diffusion:
+        if config.sweep:
+            raise InputError(f"config key sweep: {config.model} is autoregressive and has no threshold")
         return {"autoregressive": how}
     replace = dataclasses.replace
     rules = {rule: replace(how, rule=rule) for rule in config.rules if rule != "dynamic" or not config.sweep}
@@ -706,40 +695,31 @@ def main(argv: list[str]) -> None:
     claim_folder(out, config, benchmarks)
     log = out / f"engine-rank{rank}.log"
     engine = make_engine(config.model, tokenizer, config.block_size, config, log)
-    results: dict[str, dict[str, dict[str, Any]]] = {
-        rule: {
-            name: answer_and_keep(engine, tokenizer, questions, how, config, f"responses-{name}-{rule}")
-            for name, questions in benchmarks.items()
-        }
-        for rule, how in rules.items()
-    }
+    results: Results = {rule: {} for rule in rules}
+    for (rule, how), (name, questions) in product(rules.items(), benchmarks.items()):
+        file = f"responses-{name}-{rule}"
+        results[rule][name] = answer_and_keep(engine, tokenizer, questions, how, config, file)
     engine.close()
     if rank == 0:
-        report(config, results)
+        write_report(config, results)
 
 
-def report(config: EvalConfig, results: dict[str, dict[str, dict[str, Any]]]) -> None:
-    """Write summary.json, table.md and sweep.png, and print the table.
-
-    Args:
-        results: figures by decoding rule and benchmark.
-    """
+def write_report(config: EvalConfig, results: Results) -> None:
+    """Write summary.json, table.md and sweep.png, and print the table."""
     out, model = Path(config.out), config.model
     config.model = str(find_folder(config.model))
-    means = {rule: average(list(figures.values())) for rule, figures in results.items()}
+    means = {rule: report.average(list(figures.values())) for rule, figures in results.items()}
     rows = {f"{name}, {rule}": f for rule, figures in results.items() for name, f in figures.items()}
     tables = [table(rows | means if len(rows) > len(means) else means)]
     if any(name in BENCHMARKS for figures in results.values() for name in figures):
-        tables.append(published_table(model, config.protocol, results))
+        tables.append(report.published_table(model, config.protocol, results))
     text = "\n\n".join(tables) + "\n"
     with writing(out / "table.md"):
         (out / "table.md").write_text(text)
     if config.sweep:
-        draw_sweep(out / "sweep.png", config.sweep, results)
-    write_json(
-        out / "summary.json",
-        {"config": dataclasses.asdict(config), **means, "benchmarks": results},
-    )
+        report.draw_sweep(out / "sweep.png", config.sweep, results)
+    summary = {"config": dataclasses.asdict(config), **means, "benchmarks": results}
+    write_json(out / "summary.json", summary)
     print(text)
     print(f"wrote {out}/summary.json, table.md and the responses beside them")
 

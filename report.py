@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+Results = dict[str, dict[str, dict[str, Any]]]  # figures by decoding rule and benchmark
 BOOTSTRAP_DRAWS = 10_000
 
 # Benchmarks by name, with their titles in published tables; data/download.py fetches them.
@@ -120,7 +121,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def published_table(model: str, protocol: str, results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def published_table(model: str, protocol: str, results: Results) -> str:
     """The table of the paper, Markdown: what was measured here, under what was published.
 
     Args:
@@ -146,7 +147,24 @@ def published_table(model: str, protocol: str, results: dict[str, dict[str, dict
     return "\n".join(lines)
 
 
-def draw_sweep(path: Path, thresholds: list[float], results: dict[str, dict[str, dict[str, Any]]]) -> None:
+def comparison_table(
+    first: str, second: str, rows: dict[str, tuple[Sequence[float], Sequence[float]]]
+) -> str:
+    """Markdown: by name of a benchmark and rule, the accuracies per question of the first and second run."""
+    lines = [
+        f"| | questions | {first} | {second} | difference | 95 % | p |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, (a, b) in rows.items():
+        difference, low, high, p = paired_bootstrap(a, b)
+        lines.append(
+            f"| {name} | {len(a)} | {100 * fmean(a):.1f} % | {100 * fmean(b):.1f} % "
+            f"| {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {p:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_sweep(path: Path, thresholds: list[float], results: Results) -> None:
     """Accuracy and TPF against the threshold, and accuracy against throughput, to a PNG.
 
     Args:
@@ -172,14 +190,16 @@ def draw_sweep(path: Path, thresholds: list[float], results: dict[str, dict[str,
             _accuracies(axis, [row[x] for row in rows], rows, "o-", color, benchmark)
             if static:
                 _accuracies(axis, [static[x]], [static], "*", color, label)
-            for threshold, row in zip(thresholds, rows, strict=True):
-                at = (row[x], 100 * row["accuracy"])
-                axis.annotate(f"{threshold:g}", at, (4, 5), textcoords="offset points", fontsize=8)
+            best = max(range(len(rows)), key=lambda i: rows[i]["accuracy"])
+            for i in {0, best, len(rows) - 1}:  # all of them would overlap
+                at = (rows[i][x], 100 * rows[i]["accuracy"])
+                axis.annotate(f"{thresholds[i]:g}", at, (6, 3), textcoords="offset points", fontsize=9)
+            axis.margins(x=0.1)
     for axis, x, y in (
         (axes[0, 0], "threshold", "accuracy (%)"),
         (axes[1, 0], "threshold", "tokens per forward"),
-        (axes[0, 1], "tokens per forward (at the points: threshold)", "accuracy (%)"),
-        (axes[1, 1], "tokens per second (at the points: threshold)", "accuracy (%)"),
+        (axes[0, 1], "tokens per forward (labels: first, best, last threshold)", "accuracy (%)"),
+        (axes[1, 1], "tokens per second (labels: first, best, last threshold)", "accuracy (%)"),
     ):
         axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.3)
@@ -196,4 +216,8 @@ def _accuracies(axis: Any, x: list[float], rows: list[dict[str, Any]], style: st
         np.array([100 * row[name] for row in rows]) for name in ("accuracy", "accuracy_low", "accuracy_high")
     )
     bars, size = (middle - low, high - middle), 12 if style == "*" else 5
-    axis.errorbar(x, middle, bars, fmt=style, ms=size, c=color, capsize=2, lw=1.2, label=label)
+    _, caps, lines = axis.errorbar(
+        x, middle, bars, fmt=style, ms=size, c=color, capsize=2, lw=1.2, label=label
+    )
+    for artist in (*caps, *lines):
+        artist.set_alpha(0.35)
