@@ -340,6 +340,24 @@ def test_a_finished_run_is_reported_again_without_new_answers(folder, tmp_path, 
     assert asked == [] and summary_of(out) == first
 
 
+def test_one_process_goes_on_from_the_ranks_of_an_interrupted_run(folder, whole, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_bytes((whole / "config.json").read_bytes())
+    for rule in ("static", "dynamic"):
+        lines = (whole / f"responses-test-{rule}.jsonl").read_text().splitlines(keepends=True)
+        for rank, share in ((0, lines[:12:2]), (7, lines[1:12:2])):
+            file = out / f"responses-test-{rule}.rank{rank}.jsonl"
+            file.write_text("".join(share) + lines[20][:-1])  # complete but for its line break
+    asked = []
+    generate = TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "generate", lambda e, *a: (asked.append(len(a[0])), generate(e, *a))[1])
+    evaluate.main(arguments(folder, out))
+    assert asked == [28, 28]
+    assert untimed(out) == untimed(whole)
+    assert not list(out.glob("*.rank*"))
+
+
 @pytest.mark.parametrize("change", ["threshold=0.5", "limit=19", "samples=3", "weights", "questions"])
 def test_answers_of_another_config_are_not_mixed_in(folder, tmp_path, change):
     import shutil
