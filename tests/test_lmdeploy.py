@@ -561,6 +561,8 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
     assert summary["tpf"] == 1.0
     assert summary["questions"] == 12
     assert "autoregressive" in capsys.readouterr().out
+    with pytest.raises(InputError, match="config key sweep: .* is autoregressive"):
+        evaluate.main([*arguments, "engine=lmdeploy", "sweep=[0.5]"])
 
     engine = start(tmp_path / "ar", tmp_path / "log", 0, stop_ids(tokenizer))
     prompts, how = prompts_of([3, 20, 11]), Decoding(top_k=1, max_tokens=20)
@@ -576,7 +578,7 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
         assert ended.tokens_per_forward == 1.0
     engine.close()
     with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
-        evaluate.main([*arguments, "engine=torch"])
+        evaluate.main([*arguments, "engine=torch", f"out={tmp_path}/other"])
 
 
 def test_engines_that_cannot_run_are_refused_by_name(folder, tmp_path, monkeypatch):
