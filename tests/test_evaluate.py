@@ -127,10 +127,17 @@ def test_figures_of_several_samples():
     assert figures["accuracy"] == pytest.approx(fmean([2 / 4, 1 / 4, 0]))
     assert figures["pass_at_k"] == pytest.approx(2 / 3) == figures["pass_at"]["4"]
     assert figures["pass_at"] == pytest.approx({"1": 1 / 4, "2": fmean([5 / 6, 1 / 2, 0]), "4": 2 / 3})
-    assert figures["maj_at_k"] == pytest.approx(1 / 3), "truncated answers have no vote"
+    assert figures["maj_at_k"] == pytest.approx(1 / 3)
     assert figures["truncated"] == pytest.approx(2 / 12)
     assert figures["tokens"] == pytest.approx(52 / 12)
     assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
+
+
+def test_truncated_samples_have_no_vote():
+    finished = [answer("2"), answer("9")]
+    unfinished = [answer("7", truncated=True), answer("7", truncated=True)]
+    assert evaluate.majority_is_right(unfinished + finished)
+    assert not evaluate.majority_is_right([answer("2", truncated=True)] * 3)
 
 
 def test_benchmarks_count_alike_in_the_average():
@@ -309,15 +316,19 @@ def whole(folder, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_killed_run_goes_on_to_the_same_result(folder, whole, tmp_path, capsys):
+def test_a_run_that_is_killed_twice_goes_on_to_the_same_result(folder, whole, tmp_path, capsys):
     out = tmp_path / "out"
     part = out / "responses-test-dynamic.rank0.jsonl"
     kill_when(launch("evaluate.py", *arguments(folder, out, "max_batch=1")), part, 5)
     assert (out / "responses-test-static.jsonl").exists()
+    whole_lines = part.read_text().rpartition("\n")[0] + "\n"
+    part.write_text(whole_lines + '{"response_ids": [1, 2')  # half a line
+    kill_when(launch("evaluate.py", *arguments(folder, out, "max_batch=1")), part, 12)
     before = part.read_text()
     kept = [json.loads(line) for line in before.split("\n")[:-1]]
-    assert 5 <= len(kept) < 40, "it was killed in the middle"
-    part.write_text(before[: before.rindex("\n") + 1] + '{"response_ids": [1, 2')  # half a line
+    assert 12 <= len(kept) < 40, "it was killed in the middle, twice"
+    assert before.startswith(whole_lines)
+    part.write_text(before[: before.rindex("\n") + 1] + '{"response_ids": [1, 2')
     evaluate.main(arguments(folder, out))
     assert untimed(out) == untimed(whole)
     finished = {r["seed"]: r for r in read_lines(out / "responses-test-dynamic.jsonl")}
