@@ -704,15 +704,23 @@ def main(argv: list[str]) -> None:
         write_report(config, results)
 
 
+def name_protocol(config: EvalConfig) -> str:
+    """The protocol, and every field of it that was given another value: then it is not quite that one."""
+    wanted = PROTOCOLS[config.protocol] | {"limit": 0}
+    changed = [f"{n}={getattr(config, n)}" for n, value in wanted.items() if getattr(config, n) != value]
+    return config.protocol + (f" but for {', '.join(changed)}" if changed else "")
+
+
 def write_report(config: EvalConfig, results: Results) -> None:
     """Write summary.json, table.md and sweep.png, and print the table."""
     out, model = Path(config.out), config.model
     config.model = str(find_folder(config.model))
     means = {rule: report.average(list(figures.values())) for rule, figures in results.items()}
     rows = {f"{name}, {rule}": f for rule, figures in results.items() for name, f in figures.items()}
-    tables = [table(rows | means if len(rows) > len(means) else means)]
+    several = len(rows) > len(means)
+    tables = [table(rows | {f"mean, {rule}": f for rule, f in means.items()} if several else means)]
     if any(name in BENCHMARKS for figures in results.values() for name in figures):
-        tables.append(report.published_table(model, config.protocol, results))
+        tables.append(report.published_table(model, name_protocol(config), results))
     text = "\n\n".join(tables) + "\n"
     with writing(out / "table.md"):
         (out / "table.md").write_text(text)

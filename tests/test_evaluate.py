@@ -182,6 +182,14 @@ def test_a_protocol_sets_fields_and_anything_explicit_wins(tmp_path):
     assert load_config(EvalConfig, [], PROTOCOLS) == EvalConfig()
 
 
+def test_a_protocol_that_was_changed_is_not_called_by_its_name_alone():
+    def name(*overrides):
+        return evaluate.name_protocol(load_config(EvalConfig, [*overrides, "protocol=dirl"], PROTOCOLS))
+
+    assert name("seed=3", "rules=[dynamic]") == "dirl"
+    assert name("limit=9", "samples=4", "top_k=50") == "dirl but for samples=4, limit=9"
+
+
 def test_the_shipped_config_is_the_protocol():
     config = load_config(EvalConfig, ["--config", str(ROOT / "configs/eval.yaml")], PROTOCOLS)
     differs = {k for k, v in vars(EvalConfig(**PROTOCOLS["dirl"])).items() if v != getattr(config, k)}
@@ -248,7 +256,9 @@ def test_benchmarks_by_name_and_file_in_one_run(folder, tmp_path, monkeypatch, c
     tpf = summary["benchmarks"]["dynamic"]["aime24"]["tpf"]
     assert [cell.strip() for cell in measured[1].split("|")][5].split(" / ")[1] == f"{tpf:.1f}"
     assert measured[1].count("| - ") == 4, "three benchmarks that were not measured, hence no mean"
-    assert any("2512.22234" in line and "not measured here" in line for line in lines)
+    (caption,) = (line for line in lines if "2512.22234" in line)
+    assert "not measured here" in caption and caption.endswith("this run, protocol none but for limit=3.")
+    assert sum(line.startswith("| mean, ") for line in lines) == 2
 
 
 def test_published_rows_agree_with_their_means():
