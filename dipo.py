@@ -216,8 +216,8 @@ def sample_groups(
     hidden = run.rank > 0
     with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden) as bar:
         rollouts = generate_all(engine, prompts, seeds, how, lambda rollout: bar.update(), run.named_weights)
-    golds = [questions[index].gold for _, index in numbers for _ in range(config.group_size)]
-    answers = grade_rollouts(run.tokenizer, rollouts, golds, run.block_size)
+    asked = [questions[index] for _, index in numbers for _ in range(config.group_size)]
+    answers = grade_rollouts(run.tokenizer, rollouts, asked, run.block_size, how.max_tokens)
     groups = []
     for i, (number, index) in enumerate(numbers):
         chosen = answers[i * config.group_size : (i + 1) * config.group_size]

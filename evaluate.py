@@ -1,26 +1,40 @@
-"""Evaluation: a checkpoint answers the questions of a file, and every answer is graded.
+r"""Evaluation: a checkpoint answers the questions of benchmarks, and every answer is graded.
 
 For each decoding rule (static, dynamic) every question gets `samples` answers. Reported: accuracy
-(mean over the samples), pass@k (some sample is right), tokens per forward, mean length of what the
-user sees, truncated answers (always wrong), and tokens per second. The protocol goes into
-summary.json beside the figures, since the same weights score very differently under another one.
+(mean@k, with a 95 % interval by bootstrap over the questions), pass@k, maj@k, tokens per forward, mean
+length of what the user sees, truncated answers (always wrong), and tokens per second. The same weights
+score very differently under another protocol (SDAR-8B-Chat on MATH500: published as 52.6, 71.9 and
+78.6), so it has a name (`protocol`), and its every setting goes into summary.json beside the figures.
 
-    python evaluate.py model=runs/demo/dipo/latest data=data/generated/test.jsonl
-    python evaluate.py --config configs/eval.yaml model=JetLM/SDAR-8B-Chat data=gsm8k.jsonl
+    python evaluate.py                                                # the demo's checkpoint
+    python evaluate.py model=JetLM/SDAR-8B-Chat protocol=dirl data=[math500,aime24]
+    torchrun --nproc_per_node 8 evaluate.py --config configs/eval.yaml data=olympiadbench
+    python evaluate.py sweep=[0.5,0.7,0.9,0.99] samples=4             # thresholds: sweep.png
+    python evaluate.py compare=[runs/a,runs/b]                        # paired bootstrap of two runs
+
+Finished answers are on disk at once: the same command goes on where it was interrupted, and under
+torchrun every rank answers its share (one file system is assumed). Left out on purpose: prompts with
+worked examples, graders other than reward.py's.
 
 This is the first script of the chain, so what the other two share with it lives here as well: the
-config loader, the readers of question files, the exit code for bad input.
+config loader, the readers of question files, the process group, the exit code for bad input.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -31,9 +45,11 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+import report
 import reward
 from masking import InputError
 from model import find_folder, is_block_diffusion, load, load_tokenizer, stop_ids, writing
+from report import BENCHMARKS, Results, table
 from rollout import (
     Decoding,
     Engine,
@@ -45,7 +61,7 @@ from rollout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from transformers import PreTrainedTokenizerFast
 
@@ -53,17 +69,41 @@ Config = TypeVar("Config")
 Rule = Literal["dynamic", "static", "sequential"]
 EngineName = Literal["auto", "lmdeploy", "torch"]
 
+BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
+BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."
+# What a protocol sets; the config file and key=value win over it.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "greedy": {"prompt": BOXED, "top_k": 1, "max_tokens": 8192},  # nobody's: one answer, without chance
+    "dirl": {  # DiRL: [paper] arXiv 2512.22234, Table 1; [release] evaluation of github OpenMOSS/DiRL
+        "prompt": BOXED,  # [release]
+        "samples": 16,  # per question [release]
+        "temperature": 1.0,  # [release]
+        "top_k": 50,  # [release]
+        "top_p": 1.0,  # [release]
+        "threshold": 0.9,  # of "dynamic" [paper]
+        "denoising_steps": 4,  # "static" reveals one token per forward, with blocks of 4 [paper]
+        "max_tokens": 8192,  # [paper]
+        "min_tokens": 128,  # [release]
+        "banned": ["<|endoftext|>"],  # so that answers stop at <|im_end|> [release]
+        "dtype": "bfloat16",  # [release]
+    },
+}
+
 
 @dataclass
 class EvalConfig:
     """Fields of evaluate.py."""
 
     model: str = "runs/demo/dipo/latest"  # checkpoint folder or hub id
-    data: str = "data/generated/test.jsonl"  # question file, JSON list or JSON Lines
-    out: str = "runs/eval"  # summary.json and responses-RULE.jsonl go here
+    data: Any = "runs/demo/data/test.jsonl"  # question file or name of a benchmark, or a list of them
+    out: str = "runs/eval"  # responses, summary.json and table.md go here
+    protocol: Literal["none", "greedy", "dirl"] = "none"  # sets other fields: PROTOCOLS in evaluate.py
     rules: list[Rule] = field(default_factory=lambda: ["static", "dynamic"])  # decoding rules
     samples: int = 1  # answers per question (k)
-    limit: int = 0  # only the first so many questions; 0: all
+    sweep: list[float] = field(default_factory=list)  # dynamic at each of these thresholds; sweep.png
+    compare: list[str] = field(default_factory=list)  # two finished runs; then nothing is generated
+    limit: int = 0  # only the first so many questions of each file; 0: all
     prompt: str = "{question}"  # the user's turn; {question} is replaced
     threshold: float = 0.9  # dynamic: confidence that is enough to reveal
     denoising_steps: int = 4  # static, sequential: steps per block
@@ -71,6 +111,8 @@ class EvalConfig:
     top_k: int = 1  # 1: greedy; 0: off
     top_p: float = 1.0  # nucleus; 1: off
     max_tokens: int = 256  # new tokens per answer
+    min_tokens: int = 0  # a block that begins before so many new tokens has no stop token
+    banned: list[str] = field(default_factory=list)  # tokens that are never drawn
     block_size: int = 0  # tokens per block; 0: the checkpoint's, or 4
     max_batch: int = 256  # answers generated at once
     seed: int = 0  # of the sampling
@@ -86,6 +128,7 @@ class Question:
 
     text: str
     gold: str
+    tolerance: float | None = None  # how far a number may be from the gold one, absolutely
 
 
 @dataclass
@@ -103,8 +146,13 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def load_config(config_class: type[Config], argv: list[str]) -> Config:
+def load_config(
+    config_class: type[Config], argv: list[str], presets: Mapping[str, dict[str, Any]] | None = None
+) -> Config:
     """Defaults of the dataclass, then the YAML file of --config, then key=value overrides.
+
+    Args:
+        presets: fields by name of a protocol; those of config.protocol come right after the defaults.
 
     Raises:
         InputError: unknown key, wrong type, bad choice, unreadable file; the message names the key.
@@ -125,6 +173,8 @@ def load_config(config_class: type[Config], argv: list[str]) -> Config:
         if options.config:
             layers.append(OmegaConf.load(options.config))
         layers.append(OmegaConf.from_dotlist(options.overrides))
+        if presets:
+            layers.insert(1, presets[OmegaConf.merge(*layers).protocol])
         return OmegaConf.to_object(OmegaConf.merge(*layers))
     except OmegaConfBaseException as error:
         key = f"config key {error.full_key}: " if error.full_key else ""
@@ -154,6 +204,30 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 def _fail(message: str) -> int:
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # above open progress bars
     return 2
+
+
+def start_distributed(backend: str = "") -> tuple[int, int, torch.device]:
+    """(rank, world size, device); starts the process group under torchrun, by default gloo or NCCL."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(backend or (BACKEND if cuda else "gloo"), timeout=timedelta(hours=2))
+    return *rank_and_world(), device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among those of torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(item: Any) -> list[Any]:
+    """The item of every rank, on every rank."""
+    items = [item] * rank_and_world()[1]
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -215,7 +289,13 @@ def read_questions(path: str) -> list[Question]:
         gold = str(gold).rpartition("####")[2].strip() if isinstance(gold, str | int | float) else ""
         if not gold:
             raise InputError(f"{where}: no answer (expected one of {', '.join(names)})")
-        questions.append(Question(text, gold))
+        if isinstance(row.get("unit"), str) and row["unit"].strip():  # OlympiadBench
+            gold = f"{gold} {row['unit'].strip()}"
+        try:
+            tolerance = float(str(row["error"]).strip(",").split(",")[0]) if row.get("error") else None
+        except (TypeError, ValueError):
+            raise InputError(f"{where}: `error` is {row['error']!r}, expected a tolerance") from None
+        questions.append(Question(text, gold, tolerance))
     return questions
 
 
@@ -256,7 +336,7 @@ def make_engine(
     name = config.engine
     if name == "auto":
         name = "torch" if lmdeploy_problem() else "lmdeploy"
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         tqdm.write(f"engine: {name}", file=sys.stderr)
     if name == "lmdeploy":
         diffusion = is_block_diffusion(folder)
@@ -272,21 +352,26 @@ def make_engine(
 
 
 def grade_rollouts(
-    tokenizer: PreTrainedTokenizerFast, rollouts: list[Rollout], golds: list[str], block_size: int
+    tokenizer: PreTrainedTokenizerFast,
+    rollouts: list[Rollout],
+    questions: list[Question],
+    block_size: int,
+    max_tokens: int,
 ) -> list[Answer]:
-    """Decode and grade each rollout against its gold answer."""
-    answers = []
-    for rollout, gold in zip(rollouts, golds, strict=True):
-        graded = reward.grade(
-            tokenizer.decode(rollout.visible_ids, skip_special_tokens=True),
-            gold,
-            num_tokens=rollout.num_tokens,
-            truncated=rollout.finish_reason == "length",
-            tokens_per_forward=rollout.tokens_per_forward,
-            block_size=block_size,
-        )
-        answers.append(Answer(rollout, graded))
-    return answers
+    """Decode and grade each rollout of as many questions, by this rank's share of the cores."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    graded = reward.grade_all(
+        [tokenizer.decode(r.visible_ids, skip_special_tokens=True) for r in rollouts],
+        [q.gold for q in questions],
+        num_tokens=[r.num_tokens for r in rollouts],
+        truncated=[r.finish_reason == "length" for r in rollouts],
+        tokens_per_forward=[r.tokens_per_forward for r in rollouts],
+        block_size=block_size,
+        max_tokens=max_tokens,
+        tolerances=[q.tolerance for q in questions],
+        workers=max(1, cores),
+    )
+    return [Answer(rollout, grade) for rollout, grade in zip(rollouts, graded, strict=True)]
 
 
 def answer_questions(
@@ -300,31 +385,38 @@ def answer_questions(
     seed: int = 0,
     title: str = "answers",
     weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
+    known: Mapping[int, Rollout] | None = None,
+    done: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[list[Answer]]:
     """`samples` graded answers to each question; under torchrun every rank answers its share.
 
     Args:
         weights: see `rollout.generate_all`; needed if the engine's are not the checkpoint's.
+        known: answers that are there already, by seed: sample j of question i has
+            seed + i * samples + j.
+        done: sees each new rollout as it ends.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     mine = range(rank, len(questions), world)
-    prompts = [encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine]
-    with tqdm(total=len(prompts) * samples, desc=title, unit="answer", disable=rank > 0) as bar:
-        rollouts = generate_all(
-            engine,
-            [ids for ids in prompts for _ in range(samples)],
-            [seed + i * samples + j for i in mine for j in range(samples)],
-            how,
-            done=lambda rollout: bar.update(),
-            weights=weights,
-        )
-    golds = [questions[i].gold for i in mine for _ in range(samples)]
-    answers = grade_rollouts(tokenizer, rollouts, golds, block_size)
-    share = [answers[n : n + samples] for n in range(0, len(answers), samples)]
-    shares = [share]
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, share)
+    prompts = {i: encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine}
+    requests = [(i, seed + i * samples + j) for i in mine for j in range(samples)]
+    known = known or {}
+    rollouts = {s: dataclasses.replace(known[s], prompt_ids=prompts[i]) for i, s in requests if s in known}
+    todo = [(i, s) for i, s in requests if s not in rollouts]
+    start, total = len(rollouts), len(requests)
+    with tqdm(initial=start, total=total, desc=title, unit="answer", disable=rank > 0) as bar:
+
+        def ended(rollout: Rollout) -> None:
+            bar.update()
+            done(rollout)
+
+        prompts_todo, seeds = [prompts[i] for i, _ in todo], [s for _, s in todo]
+        new = generate_all(engine, prompts_todo, seeds, how, ended, weights)
+    rollouts |= zip(seeds, new, strict=True)
+    asked = [questions[i] for i, _ in requests]
+    given = [rollouts[s] for _, s in requests]
+    answers = grade_rollouts(tokenizer, given, asked, block_size, how.max_tokens)
+    shares = gather([answers[n : n + samples] for n in range(0, len(answers), samples)])
     return [shares[i % world][i // world] for i in range(len(questions))]
 
 
@@ -343,19 +435,28 @@ def summarize(answers: list[list[Answer]]) -> dict[str, float]:
     }
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a line per decoding rule (or checkpoint)."""
-    lines = [
-        "| | questions | k | accuracy | pass@k | TPF | tokens | truncated | tokens/s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, s in rows.items():
-        lines.append(
-            f"| {name} | {s['questions']} | {s['samples']} | {100 * s['accuracy']:.1f} % "
-            f"| {100 * s['pass_at_k']:.1f} % | {s['tpf']:.2f} | {s['tokens']:.1f} "
-            f"| {100 * s['truncated']:.1f} % | {s['tokens_per_second']:.0f} |"
-        )
-    return "\n".join(lines)
+def full_summary(answers: list[list[Answer]]) -> dict[str, Any]:
+    """`summarize`, and the figures that are of no use during training."""
+    correct = [[a.graded.correct for a in group] for group in answers]
+    k = len(correct[0])
+    low, high = report.bootstrap_interval([fmean(c) for c in correct])
+    powers = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
+    return summarize(answers) | {
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "pass_at": {str(j): fmean(report.pass_at_k(k, sum(c), j) for c in correct) for j in powers},
+        "maj_at_k": fmean(majority_is_right(group) for group in answers),
+    }
+
+
+def majority_is_right(group: list[Answer]) -> bool:
+    """maj@k of one question. Truncated samples have no vote: they are wrong whatever their box says."""
+    graded = [a.graded for a in group]
+    winner = report.majority([None if g.truncated else g.answer for g in graded])
+    return winner is not None and graded[winner].correct
+
+
+# ------------------------------------------------------------------------------- answers kept on disk
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -376,6 +477,7 @@ def answer_record(question: Question, answer: Answer) -> dict[str, Any]:
         "correct": g.correct,
         "text": g.text,
         "tpf": r.tokens_per_forward,
+        "prompt_tokens": len(r.prompt_ids),
         "num_tokens": r.num_tokens,
         "finish_reason": r.finish_reason,
         "seed": r.seed,
@@ -383,44 +485,265 @@ def answer_record(question: Question, answer: Answer) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str]) -> None:
-    """Evaluate one checkpoint on one file."""
-    config = load_config(EvalConfig, argv)
+def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Question]]) -> None:
+    """Note what decides the answers in out/config.json, if no other run's answers are there.
+
+    Raises:
+        InputError: they are; what was asked before and is not now goes on where it stopped.
+    """
+    free = ("out", "max_batch", "cache_gib", "tensor_parallel")  # another value, the same answers
+    run = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    run["model"] = str(find_folder(config.model).resolve())
+    files = sorted(Path(run["model"]).glob("model*.safetensors"))
+    run["weights"] = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    texts = {n: json.dumps([dataclasses.astuple(q) for q in qs]) for n, qs in benchmarks.items()}
+    run["questions"] = {n: hashlib.sha256(text.encode()).hexdigest() for n, text in texts.items()}
+    file = out / "config.json"
+    if any(f.stat().st_size for f in out.glob("responses-*.jsonl")):
+        before = json.loads(file.read_text()) if file.exists() else {}
+        changed = [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]
+        if changed:
+            raise InputError(
+                f"config key {changed[0]}: {out} holds answers with another value of it; remove that folder, "
+                "or give another out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    if rank_and_world()[0] == 0:
+        write_json(file, run)
+
+
+def read_kept(out: Path, name: str) -> dict[int, dict[str, Any]]:
+    """Finished answers by seed, of a complete run or of the ranks of an interrupted one.
+
+    What stands after the last line break was being written when the run was interrupted: dropped.
+    """
+    kept = {}
+    for file in (out / f"{name}.jsonl", *out.glob(f"{glob.escape(name)}.rank*.jsonl")):
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                kept[row["seed"]] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{file}:{number}: not an answer; remove {out} to start again") from error
+    return kept
+
+
+def answer_and_keep(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    how: Decoding,
+    config: EvalConfig,
+    name: str,
+) -> dict[str, Any]:
+    """Answer what is not yet on disk, keep each answer as it ends; the figures of all.
+
+    While it runs, rank r appends to NAME.rankR.jsonl; in the end rank 0 writes NAME.jsonl, in order.
+    `seconds` is when an answer ended, without the time between an interruption and its resumption.
+    """
+    out, rank = Path(config.out), rank_and_world()[0]
+    kept = read_kept(out, name)
+    fields = ("response_ids", "steps", "num_tokens", "finish_reason", "seed")
+    known = {
+        seed: Rollout(prompt_ids=[], logprobs=[], hold_bounds=[], **{f: row[f] for f in fields})
+        for seed, row in kept.items()
+    }
+    seconds = {seed: row["seconds"] for seed, row in kept.items()}
+    start = time.perf_counter() - max(seconds.values(), default=0.0)
+    part = out / f"{name}.rank{rank}.jsonl"
+    if part.exists():
+        os.truncate(part, part.read_bytes().rfind(b"\n") + 1)
+    with writing(part), open(part, "a") as file:
+
+        def keep(rollout: Rollout) -> None:
+            seconds[rollout.seed] = time.perf_counter() - start
+            row = {f: getattr(rollout, f) for f in fields} | {"seconds": seconds[rollout.seed]}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            rollout.logprobs, rollout.hold_bounds = [], []  # of no use here, and much to gather
+
+        answers = answer_questions(
+            engine, tokenizer, questions, how, engine.block_size, config.samples, config.prompt,
+            config.seed, name.removeprefix("responses-"), known=known, done=keep,
+        )  # fmt: skip
+    for others in gather(seconds):
+        seconds |= others
+    if rank == 0:
+        complete = out / f"{name}.jsonl.part"
+        with writing(complete), open(complete, "w") as file:
+            for i, (question, group) in enumerate(zip(questions, answers, strict=True)):
+                for j, answer in enumerate(group):
+                    row = {"index": i, "sample": j} | answer_record(question, answer)
+                    row |= {"response_ids": answer.rollout.response_ids}
+                    file.write(json.dumps(row | {"seconds": seconds[answer.rollout.seed]}) + "\n")
+        complete.replace(out / f"{name}.jsonl")
+        for part in out.glob(f"{glob.escape(name)}.rank*.jsonl"):
+            part.unlink()
+    figures = full_summary(answers) | {"seconds": max(seconds.values())}
+    tokens = sum(a.rollout.num_tokens for group in answers for a in group)
+    return figures | {"tokens_per_second": tokens / figures["seconds"]}
+
+
+# -------------------------------------------------------------------------------- comparing two runs
+
+
+def compare(first: Path, second: Path) -> str:
+    """Accuracy of two finished runs on the same questions, Markdown, with a paired bootstrap.
+
+    Raises:
+        InputError: a run is not finished; no benchmark and rule in common, or its questions differ.
+    """
+    runs = []
+    for folder in (first, second):
+        if not (folder / "summary.json").exists():
+            raise InputError(f"{folder}: no finished evaluation (no summary.json)")
+        runs.append({f.stem.removeprefix("responses-"): f for f in folder.glob("responses-*.jsonl")})
+    common = sorted(runs[0].keys() & runs[1].keys())
+    if not common:
+        raise InputError(f"{first} and {second} have no benchmark and decoding rule in common")
+    rows = {}
+    for name in common:
+        a, b = (correct_by_question(run[name]) for run in runs)
+        if a.keys() != b.keys():
+            raise InputError(f"{runs[1][name]}: other questions than {runs[0][name]}")
+        rows[name] = [fmean(a[q]) for q in a], [fmean(b[q]) for q in a]
+    return report.comparison_table(str(first), str(second), rows)
+
+
+def correct_by_question(file: Path) -> dict[tuple[int, str, str], list[bool]]:
+    """Verdicts of the samples by (index, question, gold answer)."""
+    correct: dict[tuple[int, str, str], list[bool]] = {}
+    for where, row in read_rows(str(file)):
+        try:
+            correct.setdefault((row["index"], row["question"], row["gold"]), []).append(row["correct"])
+        except KeyError as error:
+            raise InputError(f"{where}: no {error} in this answer") from error
+    return correct
+
+
+# ----------------------------------------------------------------------------------------- the script
+
+
+def check_config(config: EvalConfig) -> None:
+    """Refuse values that make no sense, before anything is loaded."""
     if min(config.samples, config.max_tokens, config.max_batch, len(config.rules)) < 1:
         raise InputError("config keys samples, max_tokens, max_batch and rules: expected at least 1")
     for name in ("denoising_steps", "temperature"):
         if not getattr(config, name) > 0:
             raise InputError(f"config key {name}: expected more than 0")
-    for name in ("limit", "top_k", "top_p", "threshold", "block_size"):
+    for name in ("limit", "top_k", "top_p", "threshold", "block_size", "min_tokens"):
         if not getattr(config, name) >= 0:
             raise InputError(f"config key {name}: expected 0 or more")
-    questions = read_questions(config.data)
-    questions = questions[: config.limit or len(questions)]
-    tokenizer = load_tokenizer(config.model)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    engine = make_engine(config.model, tokenizer, config.block_size, config, out / "engine.log")
-    summaries = {}
-    for rule in config.rules if is_block_diffusion(find_folder(config.model)) else ["autoregressive"]:
-        how = Decoding.from_config(config, rule=rule)
-        start = time.perf_counter()
-        answers = answer_questions(
-            engine, tokenizer, questions, how, engine.block_size,
-            config.samples, config.prompt, config.seed, rule,
-        )  # fmt: skip
-        summaries[rule] = s = summarize(answers)
-        s["seconds"] = time.perf_counter() - start
-        s["tokens_per_second"] = s["tokens"] * s["questions"] * s["samples"] / s["seconds"]
-        path = out / f"responses-{rule}.jsonl"
-        with writing(path), open(path, "w") as file:
-            for question, group in zip(questions, answers, strict=True):
-                for answer in group:
-                    file.write(json.dumps(answer_record(question, answer)) + "\n")
-    config.model = str(find_folder(config.model))
-    write_json(out / "summary.json", {"config": dataclasses.asdict(config), **summaries})
-    print(table(summaries))
-    print(f"\nwrote {out}/summary.json and the responses beside it")
+    if not all(threshold >= 0 for threshold in config.sweep):
+        raise InputError(f"config key sweep: {config.sweep}, expected thresholds of 0 or more")
+    if config.min_tokens > config.max_tokens:
+        raise InputError(f"config key min_tokens: {config.min_tokens} is more than max_tokens")
+    if len(config.compare) not in (0, 2):
+        raise InputError(f"config key compare: expected two run folders, found {len(config.compare)}")
+
+
+def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
+    """Questions by benchmark: by its name, or the file's without its ending.
+
+    Raises:
+        InputError: not a name or file, or a list of them; a benchmark that is not there yet.
+    """
+    benchmarks: dict[str, list[Question]] = {}
+    for item in data if isinstance(data, list) and data else [data]:
+        if not isinstance(item, str) or not item:
+            raise InputError(f"config key data: {item}, expected files or names of benchmarks")
+        path = Path("data/benchmarks", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
+        if item in BENCHMARKS and not path.exists():
+            raise InputError(f"config key data: no {path}; data/download.py fetches it (data/README.md)")
+        if path.stem in benchmarks:
+            raise InputError(f"config key data: two files with the name {path.stem}")
+        questions = read_questions(str(path))
+        benchmarks[path.stem] = questions[: limit or len(questions)]
+    return benchmarks
+
+
+def decoding_rules(
+    config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion: bool
+) -> dict[str, Decoding]:
+    """What is measured, by name: every rule, or dynamic at every threshold of a sweep instead.
+
+    Raises:
+        InputError: a banned token that is none, or a sweep with an autoregressive model.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for token in config.banned:
+        if token not in vocabulary:
+            raise InputError(f"config key banned: {token!r} is not a token of {config.model}")
+    how = Decoding.from_config(config, banned_ids=[vocabulary[token] for token in config.banned])
+    if not diffusion:
+        if config.sweep:
+            raise InputError(f"config key sweep: {config.model} is autoregressive and has no threshold")
+        return {"autoregressive": how}
+    replace = dataclasses.replace
+    rules = {rule: replace(how, rule=rule) for rule in config.rules if rule != "dynamic" or not config.sweep}
+    return rules | {f"dynamic-{t:g}": replace(how, rule="dynamic", threshold=t) for t in config.sweep}
+
+
+def announce_demo(config: EvalConfig) -> None:
+    """Say what is evaluated when nothing was asked for, or what to run first."""
+    what = f"the demo's checkpoint {config.model} on {config.data}"
+    if not Path(config.model).exists() or not Path(config.data).exists():
+        raise InputError(f"without arguments {what} is evaluated, and it is not there: run `make demo` first")
+    print(f"no arguments: evaluating {what} (--help lists the fields)")
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate one checkpoint, or compare two runs."""
+    config = load_config(EvalConfig, argv, PROTOCOLS)
+    check_config(config)
+    if config.compare:
+        print(compare(*map(Path, config.compare)))
+        return
+    rank, _, _ = start_distributed("gloo")  # nothing large is exchanged, and it needs no GPU memory
+    if not argv:
+        announce_demo(config)
+    benchmarks = read_benchmarks(config.data, config.limit)
+    tokenizer, diffusion = load_tokenizer(config.model), is_block_diffusion(find_folder(config.model))
+    rules, out = decoding_rules(config, tokenizer, diffusion), Path(config.out)
+    claim_folder(out, config, benchmarks)
+    log = out / f"engine-rank{rank}.log"
+    engine = make_engine(config.model, tokenizer, config.block_size, config, log)
+    results: Results = {rule: {} for rule in rules}
+    for (rule, how), (name, questions) in product(rules.items(), benchmarks.items()):
+        file = f"responses-{name}-{rule}"
+        results[rule][name] = answer_and_keep(engine, tokenizer, questions, how, config, file)
     engine.close()
+    if rank == 0:
+        write_report(config, results)
+
+
+def name_protocol(config: EvalConfig) -> str:
+    """The protocol, and every field of it that was given another value: then it is not quite that one."""
+    wanted = PROTOCOLS[config.protocol] | {"limit": 0}
+    changed = [f"{n}={getattr(config, n)}" for n, value in wanted.items() if getattr(config, n) != value]
+    return config.protocol + (f" but for {', '.join(changed)}" if changed else "")
+
+
+def write_report(config: EvalConfig, results: Results) -> None:
+    """Write summary.json, table.md and sweep.png, and print the table."""
+    out, model = Path(config.out), config.model
+    config.model = str(find_folder(config.model))
+    means = {rule: report.average(list(figures.values())) for rule, figures in results.items()}
+    rows = {f"{name}, {rule}": f for rule, figures in results.items() for name, f in figures.items()}
+    several = len(rows) > len(means)
+    tables = [table(rows | {f"mean, {rule}": f for rule, f in means.items()} if several else means)]
+    if any(name in BENCHMARKS for figures in results.values() for name in figures):
+        tables.append(report.published_table(model, name_protocol(config), results))
+    text = "\n\n".join(tables) + "\n"
+    with writing(out / "table.md"):
+        (out / "table.md").write_text(text)
+    if config.sweep:
+        report.draw_sweep(out / "sweep.png", config.sweep, results)
+    summary = {"config": dataclasses.asdict(config), **means, "benchmarks": results}
+    write_json(out / "summary.json", summary)
+    print(text)
+    print(f"wrote {out}/summary.json, table.md and the responses beside them")
 
 
 if __name__ == "__main__":

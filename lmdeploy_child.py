@@ -284,6 +284,8 @@ class Server:
             temperature=how.temperature,
             random_seed=seed,
             stop_token_ids=stop_ids,
+            bad_token_ids=list(how.banned_ids),
+            min_new_tokens=how.min_tokens,
         )
         session, ids, status = next(self.sessions), [], None
         async for out in self.instance.async_stream_infer(session, prompt, gen_config=config):

@@ -74,6 +74,8 @@ class Decoding(Sampling):
     threshold: float = 0.9  # dynamic: confidence that is enough to reveal
     denoising_steps: int = 4  # static and sequential: steps per block
     max_tokens: int = 256  # new tokens; the last block is finished all the same
+    min_tokens: int = 0  # a block that begins before so many new tokens has no stop token
+    banned_ids: list[int] = field(default_factory=list)  # never drawn; p and g are without them
 
     @classmethod
     def from_config(cls, config: object, **changes) -> Decoding:
@@ -225,8 +227,11 @@ def check_prompts(prompts: list[list[int]], how: Decoding, block_size: int, limi
     """Positions that the longest request can need, whole blocks.
 
     Raises:
-        InputError: an empty prompt, or one that with max_tokens exceeds the model's `limit`.
+        InputError: an empty prompt, or one that with max_tokens exceeds the model's `limit`; or
+            min_tokens above max_tokens.
     """
+    if how.min_tokens > how.max_tokens:
+        raise InputError(f"min_tokens={how.min_tokens} is more than max_tokens={how.max_tokens}")
     longest = max(map(len, prompts))
     room = -(-(longest + how.max_tokens) // block_size) * block_size
     if min(map(len, prompts)) == 0:
@@ -391,6 +396,7 @@ class _Batch:
         denoising = masked.any(-1)  # the others are finished: this forward wrote their clean block
         self.start[slots[~denoising]] += b
 
+        self._ban(logits, positions[:, 0] - self.prompt_tokens[slots])
         log_p, log_g = sampling_logprobs(logits, self.how)
         drawn = self._draw(log_g, [self.requests[s] for s in running], denoising.tolist())
         confidence = log_p.gather(-1, drawn[..., None])[..., 0].exp()
@@ -413,6 +419,19 @@ class _Batch:
         length = self.start[slots] + b - self.prompt_tokens[slots]
         ended = complete & (stopped | (length >= self.how.max_tokens))
         return [self._leave(running[i]) for i in ended.nonzero()[:, 0].tolist()]
+
+    def _ban(self, logits: torch.Tensor, new_tokens: torch.Tensor) -> None:
+        """Take what may not be drawn out of [S, B, V] logits; new tokens [S] before these blocks.
+
+        As LMDeploy does (pytorch/strategies/ar/sampling.py:98): while a block begins before
+        min_tokens, the whole block has no stop token.
+        """
+        if self.how.banned_ids:
+            logits[..., self.how.banned_ids] = -torch.inf
+        if self.how.min_tokens:
+            early = new_tokens.clamp(min=0) < self.how.min_tokens
+            stops = self.engine.stop_ids
+            logits[..., stops] = logits[..., stops].masked_fill(early[:, None, None], -torch.inf)
 
     def _draw(self, log_g: torch.Tensor, requests: list[_Request], denoising: list[bool]):
         """[S, B] tokens, by inverting the distribution function at one uniform number each."""

@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +46,7 @@ from torch.distributed.fsdp import (
 from tqdm import tqdm
 
 from evaluate import (
+    BACKEND,
     EngineName,
     Question,
     answer_questions,
@@ -56,6 +56,7 @@ from evaluate import (
     read_questions,
     read_rows,
     run_script,
+    start_distributed,
     summarize,
     write_json,
     writing,
@@ -84,7 +85,6 @@ from model import (
 )
 from rollout import Decoding, Engine
 
-BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
 
@@ -530,19 +530,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return {name: state[name] for name in ("step", "cursor", "log_bytes")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{checkpoint}/state.json: cannot resume from it ({error})") from error
-
-
-def start_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device); starts the process group under torchrun, gloo or NCCL."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(BACKEND if cuda else "gloo", timeout=timedelta(hours=2))
-    if not dist.is_initialized():
-        return 0, 1, device
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def load_for_training(name: str, world: int, device: torch.device, config: TrainConfig) -> BlockDiffusion:

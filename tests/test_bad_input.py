@@ -200,6 +200,16 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("evaluate", "top_k=-1", ["top_k"]),
         ("evaluate", "top_p=-0.5", ["top_p"]),
         ("evaluate", "rules=[]", ["rules"]),
+        ("evaluate", "min_tokens=-1", ["min_tokens"]),
+        ("evaluate", "min_tokens=9", ["min_tokens", "9", "max_tokens"]),
+        ("evaluate", "banned=[nothing]", ["banned", "nothing"]),
+        ("evaluate", "protocol=dirl", ["min_tokens", "128"]),  # max_tokens=8 wins over the protocol's
+        ("evaluate", "protocol=best", ["protocol", "best"]),
+        ("evaluate", "sweep=[0.5,-1]", ["sweep"]),
+        ("evaluate", "sweep=0.5", ["sweep"]),
+        ("evaluate", "compare=[runs/a]", ["compare", "two"]),
+        ("evaluate", "compare=[runs/a,runs/b]", ["runs/a", "no finished evaluation"]),
+        ("evaluate", "data=olympiadbench", ["data/benchmarks/olympiadbench.jsonl", "data/download.py"]),
         ("dipo", "rewards.brevity=1", ["rewards", "brevity", "accuracy, speed"]),  # unknown reward
         ("dipo", "group_size=1", ["group_size", "at least 2"]),
         ("sft", "eval_every=1", ["eval_data"]),
@@ -467,7 +477,8 @@ def test_an_out_that_is_a_file_is_named(place, script) -> None:
         ("sft", 250_000, [], "optimizer.safetensors"),
         ("sft", 50_000, ["model=tiny"], "tiny"),
         ("dipo", 50_000, [], "model.safetensors"),
-        ("evaluate", 100, [], "responses-static.jsonl"),
+        ("evaluate", 100, [], "config.json"),
+        ("evaluate", 1_500, ["limit=4", "max_tokens=64"], "responses-test-static.rank0.jsonl"),
     ],
 )
 def test_a_full_disk_names_the_file(place, script, limit, changes, name) -> None:

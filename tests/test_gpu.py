@@ -167,6 +167,18 @@ def test_copies_of_a_prompt_get_answers_of_their_own(folder, tmp_path):
 
 
 @lmdeploy
+def test_a_least_length_and_banned_tokens(folder, tmp_path):
+    engine = start(folder, tmp_path / "log")
+    engine.stop_ids, banned = list(range(0, 250, 8)), set(range(1, 250, 2))
+    how = Decoding(max_tokens=64, min_tokens=20, banned_ids=sorted(banned))
+    rollouts = engine.generate(PROMPTS * 5, range(30), how)
+    engine.close()
+    assert not any(set(r.response_ids) & banned for r in rollouts)
+    assert all(r.num_tokens > 20 for r in rollouts)
+    assert any(r.finish_reason == "stop" for r in rollouts), "stop tokens come back after the least length"
+
+
+@lmdeploy
 def test_two_dipo_steps(folder, tmp_path):
     write_task(tmp_path)
     dipo.main([

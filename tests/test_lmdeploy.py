@@ -103,6 +103,30 @@ def test_greedy_rollouts_equal_the_embedded_engines(both, rule):
     assert any(r.finish_reason == "length" for r in expected)
 
 
+BANNED = list(range(1, WORDS, 2))  # every other word, so that something else is drawn everywhere
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 10, 29])
+def test_a_least_length_and_banned_tokens_are_the_embedded_engines(both, min_tokens):
+    engine, reference = both
+    prompts = prompts_of(range(1, 41))
+    how = Decoding(top_k=1, threshold=0.4, max_tokens=29)
+    how.min_tokens, how.banned_ids = min_tokens, BANNED
+    answers = engine.generate(prompts, range(40), how)
+    expected = reference.generate(prompts, range(40), how)
+    for one, other in zip(answers, expected, strict=True):
+        assert shown(one) == shown(other)
+        assert one.hold_bounds == pytest.approx(other.hold_bounds, abs=1e-5), "p is without what is banned"
+    b, stopped = engine.block_size, [r for r in expected if r.finish_reason == "stop"]
+    assert stopped or min_tokens == 29
+    for r in expected:
+        assert not set(r.response_ids) & set(BANNED)
+        first = -len(r.prompt_ids) % b  # new tokens of the block that the prompt opens
+        begins = [0] * first + [first + i // b * b for i in range(len(r.response_ids) - first)]
+        early = [v for v, begin in zip(r.response_ids, begins, strict=True) if begin < min_tokens]
+        assert not set(early) & set(STOPS), "no stop token in a block that begins before min_tokens"
+
+
 SAMPLING = {
     "plain": Decoding(max_tokens=30, threshold=0.4),
     "truncated": Decoding(max_tokens=30, threshold=0.4, top_k=20, top_p=0.8, temperature=0.7),
@@ -538,6 +562,8 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
     assert summary["tpf"] == 1.0
     assert summary["questions"] == 12
     assert "autoregressive" in capsys.readouterr().out
+    with pytest.raises(InputError, match="config key sweep: .* is autoregressive"):
+        evaluate.main([*arguments, "engine=lmdeploy", "sweep=[0.5]"])
 
     engine = start(tmp_path / "ar", tmp_path / "log", 0, stop_ids(tokenizer))
     prompts, how = prompts_of([3, 20, 11]), Decoding(top_k=1, max_tokens=20)
@@ -553,7 +579,7 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
         assert ended.tokens_per_forward == 1.0
     engine.close()
     with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
-        evaluate.main([*arguments, "engine=torch"])
+        evaluate.main([*arguments, "engine=torch", f"out={tmp_path}/other"])
 
 
 def test_engines_that_cannot_run_are_refused_by_name(folder, tmp_path, monkeypatch):

@@ -28,6 +28,9 @@ DIPO_METRICS = {
     "gap_mean", "gap_max", "gap_kl", "train_tokens", "gib_given_back",
     "seconds/rollout", "seconds/train", "seconds/update_weights",
 }  # fmt: skip
+REPORTED = EVALUATION | {  # by evaluate.py alone
+    "accuracy_low", "accuracy_high", "pass_at", "maj_at_k", "seconds", "tokens_per_second",
+}  # fmt: skip
 EVAL_METRICS = {f"eval/{name}" for name in EVALUATION | {"seconds"}}
 
 
@@ -128,19 +131,20 @@ def test_evaluate_writes_summary_responses_and_a_table(sft_run, data, tmp_path) 
         "samples=2", "top_k=0", "max_tokens=16", "limit=5",
     )  # fmt: skip
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) == {"config", "static", "dynamic"}
+    assert set(summary) == {"config", "static", "dynamic", "benchmarks"}
     assert summary["config"]["samples"] == 2 and summary["config"]["model"]
     for rule in ("static", "dynamic"):
         figures = summary[rule]
-        assert set(figures) == EVALUATION | {"seconds", "tokens_per_second"}
+        assert set(figures) == REPORTED and summary["benchmarks"][rule] == {"test": figures}
         assert (figures["questions"], figures["samples"]) == (5, 2)
-        responses = read_lines(tmp_path / f"responses-{rule}.jsonl")
+        responses = read_lines(tmp_path / f"responses-test-{rule}.jsonl")
         assert len(responses) == 10
         right = sum(r["correct"] for r in responses) / 10
         assert right == figures["accuracy"] <= figures["pass_at_k"]
         assert len({r["seed"] for r in responses}) == 10, "two answers shared a random stream"
         assert f"| {rule} | 5 | 2 | {100 * right:.1f} %" in printed
-    assert "| accuracy | pass@k | TPF |" in printed
+    assert "| accuracy | 95 % | pass@k | maj@k | TPF |" in printed
+    assert printed.startswith((tmp_path / "table.md").read_text())
     assert summary["static"]["tpf"] == 1.0, "four steps for a block of four"
 
 
@@ -201,7 +205,7 @@ def test_evaluate_reads_published_formats(sft_run, tmp_path, name, monkeypatch, 
     monkeypatch.chdir(ROOT)
     paths = [f"model={sft_run}/latest", f"data={tmp_path / name}", f"out={tmp_path}/out"]
     evaluate.main([*paths, "max_tokens=8", "rules=[dynamic]"])
-    responses = read_lines(tmp_path / "out" / "responses-dynamic.jsonl")
+    responses = read_lines(tmp_path / "out" / f"responses-{Path(name).stem}-dynamic.jsonl")
     assert [r["gold"] for r in responses] == ["18", "2, -2"]
     assert "| dynamic | 2 | 1 |" in capsys.readouterr().out
 
