@@ -653,9 +653,9 @@ def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
     for item in data if isinstance(data, list) and data else [data]:
         if not isinstance(item, str) or not item:
             raise InputError(f"config key data: {item}, expected files or names of benchmarks")
-        path = Path("data/benchmarks", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
+        path = Path("data/hub", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
         if item in BENCHMARKS and not path.exists():
-            raise InputError(f"config key data: no {path}; data/download.py fetches it (data/README.md)")
+            raise InputError(f"config key data: no {path}: python data/download.py {item} fetches it")
         if path.stem in benchmarks:
             raise InputError(f"config key data: two files with the name {path.stem}")
         questions = read_questions(str(path))

@@ -209,7 +209,7 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("evaluate", "sweep=0.5", ["sweep"]),
         ("evaluate", "compare=[runs/a]", ["compare", "two"]),
         ("evaluate", "compare=[runs/a,runs/b]", ["runs/a", "no finished evaluation"]),
-        ("evaluate", "data=olympiadbench", ["data/benchmarks/olympiadbench.jsonl", "data/download.py"]),
+        ("evaluate", "data=olympiadbench", ["data/hub/olympiadbench.jsonl", "data/download.py"]),
         ("dipo", "rewards.brevity=1", ["rewards", "brevity", "accuracy, speed"]),  # unknown reward
         ("dipo", "group_size=1", ["group_size", "at least 2"]),
         ("sft", "eval_every=1", ["eval_data"]),

@@ -234,10 +234,10 @@ def untimed(out: Path) -> tuple[dict, dict[str, list[dict]]]:
 
 def test_benchmarks_by_name_and_file_in_one_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("data/benchmarks").mkdir(parents=True)
+    Path("data/hub").mkdir(parents=True)
     row = {"problem": "Half of one?", "answer": r"\frac{1}{2}"}
-    Path("data/benchmarks/math500.jsonl").write_text(json.dumps(row) + "\n")
-    Path("data/benchmarks/aime24.jsonl").write_text(json.dumps(row | {"answer": 204}) + "\n")
+    Path("data/hub/math500.jsonl").write_text(json.dumps(row) + "\n")
+    Path("data/hub/aime24.jsonl").write_text(json.dumps(row | {"answer": 204}) + "\n")
     data = f"data=[math500,aime24,{folder}/test.jsonl]"
     evaluate.main(arguments(folder, tmp_path / "out", data, "limit=3"))
     summary = summary_of(tmp_path / "out")
