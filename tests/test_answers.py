@@ -1,10 +1,9 @@
 r"""Answer checking against a hand-made table, the gold answers of benchmarks, and hostile answers.
 
-The benchmarks' rows are not part of this repository: their tests skip unless the folder named by
-NANODIRL_BENCHMARKS (or ../shared/benchmarks) exists.
+The benchmarks' rows are not part of this repository: their tests skip unless they are in data/hub, where
+data/download.py puts them, or in the folder named by NANODIRL_BENCHMARKS.
 """
 
-import json
 import os
 import random
 import time
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 
 import reward
 from answers import normal_form, number
+from evaluate import Question, read_questions
 
 # (answer, gold) by category. Written by hand: what a careful teacher would say, not what the code does.
 EQUAL = {
@@ -377,17 +377,15 @@ def test_order_matters_in_tuples_only(values, rng):
 
 # ---------------------------------------------------------------------------------------- benchmarks
 
-FOLDER = Path(os.environ.get("NANODIRL_BENCHMARKS", Path(__file__).parents[1] / "../shared/benchmarks"))
+FOLDER = Path(os.environ.get("NANODIRL_BENCHMARKS", Path(__file__).parents[1] / "data/hub"))
 NAMES = ["math500", "gsm8k", "aime24", "aime25", "olympiadbench"]
-needs_benchmarks = pytest.mark.skipif(not FOLDER.is_dir(), reason="no benchmarks; see NANODIRL_BENCHMARKS")
 
 
-def golds(name: str) -> list[str]:
-    with open(FOLDER / f"{name}.jsonl", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    if name == "olympiadbench":
-        return [", ".join(row["final_answer"]) for row in rows]
-    return [row["answer"].rpartition("####")[2].strip() for row in rows]
+def questions(name: str) -> list[Question]:
+    """A benchmark as evaluate.py reads it, units and tolerances included."""
+    if not (FOLDER / f"{name}.jsonl").exists():
+        pytest.skip(f"no {name}.jsonl in {FOLDER}")
+    return read_questions(str(FOLDER / f"{name}.jsonl"))
 
 
 def restyled(gold: str) -> str:
@@ -405,16 +403,15 @@ def restyled(gold: str) -> str:
     return f" {gold}\n"
 
 
-@needs_benchmarks
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("style", [str, restyled])
 def test_a_gold_answer_is_right(name, style):
-    answers = golds(name)
-    texts = [f"We get 7, no, wait. Hence the answer is $\\boxed{{{style(gold)}}}$." for gold in answers]
+    asked = questions(name)
+    texts = [f"We get 7, no, wait. Hence the answer is $\\boxed{{{style(q.gold)}}}$." for q in asked]
     count = len(texts)
     graded = reward.grade_all(
-        texts, answers, num_tokens=[9] * count, truncated=[False] * count,
-        tokens_per_forward=[1.0] * count, block_size=4,
+        texts, [q.gold for q in asked], tolerances=[q.tolerance for q in asked], num_tokens=[9] * count,
+        truncated=[False] * count, tokens_per_forward=[1.0] * count, block_size=4,
     )  # fmt: skip
     assert [g.gold for g in graded if not g.correct] == []
 
@@ -430,13 +427,12 @@ TRULY_EQUAL = {
 }  # fmt: skip
 
 
-@needs_benchmarks
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gold_answer_is_wrong_for_other_questions(name):
-    rng, answers = random.Random(0), golds(name)
+    rng, asked = random.Random(0), questions(name)
     pairs = []
-    for i, gold in enumerate(answers):
-        pairs += [(other, gold, None) for other in rng.sample(answers[:i] + answers[i + 1 :], 20)]
+    for i, q in enumerate(asked):
+        pairs += [(other.gold, q.gold, q.tolerance) for other in rng.sample(asked[:i] + asked[i + 1 :], 20)]
     verdicts = reward.judge_all(pairs, seconds=30.0)
     accepted = {frozenset(p[:2]) for p, v in zip(pairs, verdicts, strict=True) if v.equal and p[0] != p[1]}
     assert accepted <= TRULY_EQUAL
