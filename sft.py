@@ -519,6 +519,8 @@ def check_config(config: TrainConfig) -> None:
             raise InputError(f"config key views: {config.views}, expected an even number of them")
         if not 0 < config.t_min < 0.5:
             raise InputError(f"config key t_min: {config.t_min}, expected between 0 and 0.5")
+    if config.lora_rank and config.cpu_offload:
+        raise InputError("config key cpu_offload: with lora_rank nothing is sharded, so nothing waits")
     if config.eval_every and not config.eval_data:
         raise InputError("config key eval_data: expected a question file, since eval_every is set")
 
@@ -542,17 +544,21 @@ def load_for_training(name: str, world: int, device: torch.device, config: Train
             raise InputError("config key lora_rank: LoRA is for one process; several shard the whole model")
         model = load(name, getattr(torch, config.dtype), device)
         add_adapters(model, config.lora_rank, config.seed)
-        checkpoint_layers(model, config.checkpointing)
+        _prepare_layers(model, config)
         return model
     home = "cpu" if config.cpu_offload else device  # FSDP2 brings what is needed to the device
     model = load(name, torch.float32, home) if world == 1 else on_meta(name)
-    checkpoint_layers(model, config.checkpointing)
-    if config.compile:
-        compile_layers(model)
+    _prepare_layers(model, config)
     shard(model, world, config.dtype, config.cpu_offload)
     if world > 1:
         fill(model, name, device, home)
     return model
+
+
+def _prepare_layers(model: BlockDiffusion, config: TrainConfig) -> None:
+    checkpoint_layers(model, config.checkpointing)
+    if config.compile:
+        compile_layers(model)
 
 
 def shard(model: BlockDiffusion, world: int, dtype: str, cpu_offload: bool = False) -> None:

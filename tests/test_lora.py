@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import dipo
 import model
 import sft
-from masking import noise, pack
+from masking import InputError, noise, pack
 from model import Sampling
 
 pytest.importorskip("peft")
@@ -81,3 +81,9 @@ def test_the_engine_gets_the_sum(tiny_folder, tmp_path):
     assert max(line["gap_max"] for line in lines) < 1e-4
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-9)
     assert lines[2]["kl"] > 1e-6, "the policy moved away from the reference"
+
+
+def test_offloading_frozen_weights_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(InputError, match="config key cpu_offload: with lora_rank"):
+        sft.main(options(tiny_folder, tmp_path, tmp_path / "run", "steps=2", "cpu_offload=true"))
+    assert not (tmp_path / "run").exists(), "nothing is started"
