@@ -340,6 +340,7 @@ class Run:
                 shutil.rmtree(leftover)
             if checkpoint:
                 self._link_latest(checkpoint)
+                self._drop_old_checkpoints()  # a kill may have come between the newest and this
         self.barrier()
         return checkpoint
 
@@ -449,9 +450,12 @@ class Run:
                     os.fsync(handle.fileno())
             part.rename(folder)
             self._link_latest(folder)
-            for old in sorted(folder.parent.glob("step-*"))[: -self.config.keep_checkpoints]:
-                shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
+            self._drop_old_checkpoints()
         self.barrier()
+
+    def _drop_old_checkpoints(self) -> None:
+        for old in sorted((self.out / "checkpoints").glob("step-*"))[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
 
     def _save_moments(self, folder: Path) -> None:
         """This rank's rows of AdamW's state.

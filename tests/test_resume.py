@@ -256,6 +256,15 @@ def test_leftovers_of_a_kill_are_removed(finished, good, tmp_path) -> None:
     assert lines(out / "metrics.jsonl") == lines(reference / "metrics.jsonl")
 
 
+def test_a_kill_before_the_oldest_checkpoint_went_leaves_no_more_of_them(finished, good, tmp_path) -> None:
+    script, reference = finished
+    out = copy(reference, tmp_path)
+    oldest = sorted(out.glob("checkpoints/step-*"))[0]
+    shutil.copytree(oldest, oldest.with_name("step-000001"))
+    run_here(script, good, out, "resume=true")
+    assert_same_run(out, reference)
+
+
 def test_a_resumed_run_outlives_the_checkpoint_it_came_from(finished, good, tmp_path) -> None:
     script, reference = finished
     out = tmp_path / "run"
