@@ -56,8 +56,10 @@ from rollout import (
     LMDeployEngine,
     Rollout,
     TorchEngine,
+    gather,
     generate_all,
     lmdeploy_problem,
+    rank_and_world,
 )
 
 if TYPE_CHECKING:
@@ -215,19 +217,6 @@ def start_distributed(backend: str = "") -> tuple[int, int, torch.device]:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(backend or (BACKEND if cuda else "gloo"), timeout=timedelta(hours=2))
     return *rank_and_world(), device
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process among those of torchrun; (0, 1) without it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(item: Any) -> list[Any]:
-    """The item of every rank, on every rank."""
-    items = [item] * rank_and_world()[1]
-    if len(items) > 1:
-        dist.all_gather_object(items, item)
-    return items
 
 
 def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:

@@ -209,18 +209,23 @@ def generate_all(
         for i, rollout in zip(todo, new, strict=True):
             rollouts[i] = rollout
         todo = [i for i in todo if rollouts[i] is None]
-        if not _on_any_rank(bool(todo)):
+        if not any(gather(bool(todo))):
             return rollouts
         engine.update_weights(weights())
         engine.wake()
 
 
-def _on_any_rank(flag: bool) -> bool:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return flag
-    flags = [False] * dist.get_world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
+def rank_and_world() -> tuple[int, int]:
+    """This process among those of torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(item: Any) -> list[Any]:
+    """The item of every rank, on every rank."""
+    items = [item] * rank_and_world()[1]
+    if len(items) > 1:
+        dist.all_gather_object(items, item)
+    return items
 
 
 def check_prompts(prompts: list[list[int]], how: Decoding, block_size: int, limit: int) -> int:
@@ -545,7 +550,7 @@ class LMDeployEngine:
         if problem and not self.setup:
             raise InputError(f"config key engine: {problem}")
         self.checkpoint, self.block_size = find_folder(checkpoint), block_size or 1
-        self.mask_id, self.stop_ids, self.dtype = mask_id, stop_ids, dtype
+        self.stop_ids, self.dtype = stop_ids, dtype
         self.log = Path(log)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
@@ -630,7 +635,7 @@ class LMDeployEngine:
             RuntimeError: it reports an error; its traceback.
         """
         try:
-            message = self._connection.recv() if self._connection.poll(max(0.0, seconds)) else None
+            message = self._connection.recv() if self._connection.poll(seconds) else None
         except (OSError, EOFError):
             raise _ChildDied(f"exit code {self._process.wait()}") from None
         if message is None:

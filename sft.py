@@ -83,7 +83,7 @@ from model import (
     whole,
     write_tensors,
 )
-from rollout import Decoding, Engine
+from rollout import Decoding, Engine, gather
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
 
@@ -269,8 +269,7 @@ def deal(run: Run, records: list, sizes: list[int], token_budget: int) -> tuple[
     """
     if run.world == 1:
         return records, plan_packs(sizes, token_budget)
-    everyone: list[list[int]] = [[]] * run.world
-    dist.all_gather_object(everyone, sizes)
+    everyone = gather(sizes)
     home = [(rank, i) for rank, sizes in enumerate(everyone) for i in range(len(sizes))]
     plan = plan_ranks([size for sizes in everyone for size in sizes], token_budget, run.world)
     mine: dict[tuple[int, int], object] = {}
