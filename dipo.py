@@ -5,232 +5,272 @@ A step of the loop, and the function that does it:
  1. G rollouts for each of some questions, with their step maps                     rollout.py
  2. reward r_i of each = weighted sum of named rewards                              reward.py
  3. groups without reward spread are dropped, and sampling goes on (DAPO)           collect_groups
- 4. advantage A_i = (r_i - mean) / std over the group                               advantages
+ 4. advantage A_i = (r_i - mean) / std over the group                               group_advantages
  5. every decision is replayed as the decoder saw it, in one packed pass            masking.replay
  6. per action k with log-probability l_k: ratio rho_k = exp(l_k - l_old_k), loss
-    - sum_k w_k min(rho_k A, clip(rho_k, 1 - eps_low, 1 + eps_high) A) + beta KL    dipo_loss
+    sum_k w_k (beta KL_k - min(rho_k A, clip(rho_k, 1 - eps_low, 1 + eps_high) A))  dipo_loss
  7. the new weights go to the engine, in place                                      update_weights
 
-An action is what a masked position did at a step. `likelihood=tokens` (as published) scores reveals
+An action is what a masked position did at a step. `likelihood=tokens` (as in DiRL) scores reveals
 only. `likelihood=exact` scores holds too, so that the sum of the l_k of a trajectory is its exact
 log-probability: with confidence-based unmasking, which positions are revealed is itself random.
 
     torchrun --nproc_per_node 8 dipo.py --config configs/sdar_8b_dipo.yaml
     python dipo.py model=runs/sft/latest data=data/generated/rl.jsonl       # one process, CPU
 
-Sources: DiRL (arXiv 2512.22234, eqs. 6 and 7), GRPO (2402.03300), DAPO (2503.14476), LightningRL for
-normalising several rewards each for itself. Left out on purpose: a value network, a replay buffer,
-asynchronous rollouts; this is the synchronous loop that one can read.
+Sources: DiRL (arXiv 2512.22234, eqs. 6 and 7), GRPO (2402.03300), DAPO (2503.14476), LightningRL
+(2603.13319) for normalising several rewards separately. Left out on purpose: a value network, a replay
+buffer, asynchronous rollouts; this is the synchronous loop that one can read.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from tqdm import tqdm
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import reward
-from evaluate import (
-    Answer,
-    Question,
-    Rule,
-    answer_record,
-    encode_prompt,
-    grade_rollouts,
-    load_config,
-    read_questions,
-    run_script,
-    writing,
-)
-from masking import HOLD, InputError, Packed, pack, replay
-from model import BlockDiffusion
-from rollout import Decoding, Engine, generate_all
-from sft import Evaluator, Run, Stopwatch, TrainConfig, data_order, deal, load_for_training, micro_batches
+from plumbing.common import InputError, run_script
+from plumbing.config import Rule, TrainConfig, check_file, read_arguments, setting
 
 
 @dataclass
 class DiPOConfig(TrainConfig):
     """Fields of dipo.py."""
 
-    out: str = "runs/dipo"
-    data: str = "data/generated/rl.jsonl"  # question file, JSON list or JSON Lines
-    groups: int = 32  # useful groups per step, over all ranks (at least; surplus is kept)
-    group_size: int = 16  # rollouts per question (G)
-    max_rounds: int = 3  # rounds of sampling per step to find them: the bound on the extra work
-    rewards: dict[str, float] = field(  # name: weight; merged with the default
-        default_factory=lambda: {"accuracy": 1.0}
-    )
-    advantage_std: bool = True  # divide the advantage by the group's standard deviation
-    normalize_each: bool = False  # normalise every reward for itself before they are added
-    likelihood: Literal["tokens", "exact"] = "tokens"  # score reveals, or reveals and holds
-    normalizer: Literal["group", "batch", "sequence"] = "group"  # eq. 7, DAPO, eq. 6
-    clip_low: float = 0.2  # ratios below 1 - clip_low give no gradient
-    clip_high: float = 0.28  # ratios above 1 + clip_high give no gradient
-    kl_beta: float = 0.0  # weight of the KL to the initial model (k3); 0: none is loaded
-    updates: int = 1  # optimizer updates per rollout batch
-    rule: Rule = "dynamic"  # decoding rule of the rollouts
-    threshold: float = 0.9  # dynamic: confidence that is enough to reveal
-    denoising_steps: int = 4  # static, sequential: steps per block
-    temperature: float = 1.0  # of rollouts, and of the policy that is trained
-    top_k: int = 0  # likewise; 0: off
-    top_p: float = 1.0  # likewise; 1: off
-    max_tokens: int = 64  # new tokens per rollout
-    log_rollouts: int = 2  # rollouts per step and rank that go into rollouts.jsonl
+    out: str = setting("runs/dipo", "the run directory: config, metrics, checkpoints, rollouts")
+    data: str = setting("data/generated/rl.jsonl", "question file", heading="Questions and groups")
+    groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
+    group_size: int = setting(16, "rollouts per question (G)", at_least=2)
+    max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
+    rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out")
+    log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl")
+
+    advantage_std: bool = setting(True, "divide by the group's standard deviation", heading="Objective")
+    normalize_each: bool = setting(False, "normalise every reward separately before they are added")
+    likelihood: Literal["tokens", "exact"] = setting("tokens", "score reveals, or reveals and holds")
+    normalizer: Literal["group", "batch", "sequence"] = setting("group", "see action_weight")
+    clip_low: float = setting(0.2, "no gradient from ratios below 1 - clip_low if the advantage is negative")
+    clip_high: float = setting(0.28, "no gradient from ratios above 1 + clip_high if it is positive")
+    kl_beta: float = setting(0.0, "weight of the KL to the reference, the initial model; 0: none is loaded")
+    updates: int = setting(1, "optimizer updates per batch of rollouts", above=0)
+
+    rule: Rule = setting("dynamic", "decoding rule", heading="Decoding of the rollouts")
+    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal")
+    denoising_steps: int = setting(4, "static, sequential: steps per block", above=0)
+    temperature: float = setting(1.0, "of rollouts, and of the policy that is trained", above=0)
+    top_k: int = setting(0, "likewise; 0: off")
+    top_p: float = setting(1.0, "likewise; 1: off")
+    max_tokens: int = setting(64, "new tokens per rollout", above=0)
+
+    def check(self) -> None:
+        """Check the names of the rewards and the data file; see TrainConfig."""
+        super().check()
+        try:
+            reward.check_names(self.rewards)
+        except ValueError as error:
+            raise InputError(f"config key rewards: {error}") from error
+        check_file(self.data, "python data/tiny.py makes data/generated, python data/download.py data/hub")
+
+
+if __name__ == "__main__":  # a bad argument is answered before the imports below, which take seconds
+    CONFIG = read_arguments(DiPOConfig)
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from evaluate import evaluate_now
+from masking import HOLD, Packed, pack, replay
+from model import choose_block_size, load_for_training
+from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
+from plumbing.common import DataOrder, Stopwatch
+from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
+from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
+from reward import Graded, Question, grade, read_questions
+from rollout import Decoding, Engine, Rollout, generate_all, make_engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from model import BlockDiffusion
+
+
+# ------------------------------------------------------------------- groups and advantages
 
 
 @dataclass
 class Group:
-    """The rollouts of one question, with what became of them."""
+    """The rollouts of one question, graded, with rewards and advantages."""
 
     number: int  # running number of the question; with the seed it decides the rollouts' seeds
-    question: Question
-    answers: list[Answer]
+    graded: list[Graded]
     rewards: list[dict[str, float]]  # per rollout and reward name, unweighted
-    totals: list[float]  # weighted sums
+    totals: list[float]  # per rollout, the weighted sum
+    advantages: list[float]  # per rollout
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all trajectories."""
-        return sum(len(a.rollout.response_ids) for a in self.answers)
+    def trajectory_tokens(self) -> int:
+        """Tokens of all trajectories, shown or not."""
+        return sum(len(g.rollout.response_ids) for g in self.graded)
+
+    @property
+    def useful(self) -> bool:
+        """Whether the rewards differ, so that there is an advantage to learn from."""
+        return any(self.advantages)
 
 
-def advantages(group: Group, config: DiPOConfig) -> list[float]:
-    """A_i of each rollout: reward minus the group's mean, over its standard deviation.
+def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
+    """The group of some graded rollouts of one question."""
+    rewards = [reward.values(g, config.rewards) for g in graded]
+    totals = [reward.total(r, config.rewards) for r in rewards]
+    return Group(number, graded, rewards, totals, group_advantages(rewards, totals, config))
 
-    With `normalize_each` every reward is treated so for itself, then weighted and added; a reward
-    without spread in the group adds nothing.
+
+def group_advantages(rewards: list[dict[str, float]], totals: list[float], config: DiPOConfig) -> list[float]:
+    """A_i of each rollout of a group: its reward minus the group's mean, over the standard deviation.
+
+    Without `advantage_std` there is no division. With `normalize_each` mean and standard deviation are
+    taken of every reward separately, then they are weighted and added. What has no spread adds nothing.
     """
 
-    def centred(values: list[float], divide: bool) -> list[float]:
+    def normalized(values: list[float], by_std: bool) -> list[float]:
         mean = sum(values) / len(values)
         std = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
         if std < 1e-6:
             return [0.0] * len(values)
-        return [(v - mean) / (std if divide else 1.0) for v in values]
+        return [(v - mean) / (std if by_std else 1.0) for v in values]
 
     if not config.normalize_each:
-        return centred(group.totals, config.advantage_std)
-    columns = [
-        [weight * v for v in centred([r[name] for r in group.rewards], True)]
-        for name, weight in config.rewards.items()
-    ]
-    return [sum(row) for row in zip(*columns, strict=True)]
+        return normalized(totals, config.advantage_std)
+    summed = [0.0] * len(rewards)
+    for name, weight in config.rewards.items():
+        for i, value in enumerate(normalized([r[name] for r in rewards], by_std=True)):
+            summed[i] += weight * value
+    return summed
 
 
-def is_useful(group: Group, config: DiPOConfig) -> bool:
-    """Whether the rewards differ, so that there is an advantage to learn from."""
-    return any(advantages(group, config))
+# -------------------------------------------------------------------------- rolling out
 
 
 def collect_groups(
-    run: Run,
     engine: Engine,
+    policy: BlockDiffusion,
+    tokenizer: PreTrainedTokenizerFast,
     questions: list[Question],
-    order: Iterator[int],
+    order: DataOrder,
     config: DiPOConfig,
-    how: Decoding,
 ) -> tuple[list[Group], dict[str, float]]:
-    """This rank's useful groups, until all ranks together have `config.groups` (DAPO).
+    """Ask questions until all ranks together have `config.groups` useful groups (DAPO), or long enough.
 
-    Every round asks for as many further questions as are missing at the rate of useful ones so far.
+    If a share u of the groups so far was useful, a round asks for 1 / u times as many as are missing.
+
+    Args:
+        policy: its weights go to an engine that had to be started again.
 
     Returns:
-        The useful groups, and figures over *all* rollouts, useful or not.
+        This rank's useful groups, and figures over *all* rollouts of all ranks, useful or not.
 
     Raises:
         InputError: no useful group within config.max_rounds rounds.
     """
+    rank, world = rank_and_world()
     kept: list[Group] = []
-    total: Counter[str] = Counter()  # over all ranks and rounds
+    sums: Counter[str] = Counter()  # over all ranks and rounds
     for _ in range(config.max_rounds):
-        missing = config.groups - total["useful"]
-        useful_rate = max(total["useful"], 1) / total["groups"] if total["groups"] else 1.0
-        count = math.ceil(missing / max(useful_rate, 0.25))
-        numbers = [(run.cursor + i, next(order)) for i in range(count)]
-        run.cursor += count
-        groups = sample_groups(run, engine, questions, numbers[run.rank :: run.world], config, how)
-        useful = [g for g in groups if is_useful(g, config)]
-        kept += useful
-        counts = count_rollouts(groups, useful)
-        total.update(dict(zip(counts, run.sum_over_ranks(*counts.values()), strict=True)))
-        if total["useful"] >= config.groups:
+        # How many more questions; one bad round must not ask for more than four times what is missing.
+        missing = config.groups - sums["useful"]
+        useful_share = max(sums["useful"], 1) / sums["groups"] if sums["groups"] else 1.0
+        asked = order.take(math.ceil(missing / max(useful_share, 0.25)))
+
+        # This rank's share of them. Groups whose rewards are all the same teach nothing.
+        groups = sample_groups(engine, policy, tokenizer, questions, asked[rank::world], config)
+        kept += [g for g in groups if g.useful]
+        sums.update(sum_over_ranks(count_rollouts(groups)))  # a Counter adds
+        if sums["useful"] >= config.groups:
             break
-    if not total["useful"]:
+    if not sums["useful"]:
         raise InputError(
-            f"{config.data}: no useful group among {total['groups']:.0f} questions in {config.max_rounds} "
-            "rounds: all answers to a question had the same reward (too easy, too hard, or max_tokens "
+            f"{config.data}: no useful group among {sums['groups']:.0f} questions in {config.max_rounds} "
+            "rounds: all rollouts of a question had the same reward (too easy, too hard, or max_tokens "
             "too small)"
         )
+    # Per rollout, where not said otherwise; response_tokens are those that the user sees.
     return kept, {
-        "reward": total["reward"] / total["rollouts"],
-        "reward_kept": total["useful_reward"] / (total["useful"] * config.group_size),
-        "accuracy": total["correct"] / total["rollouts"],
-        "tpf": total["tokens"] / total["steps"],
-        "response_tokens": total["shown"] / total["rollouts"],
-        "truncation_rate": total["truncated"] / total["rollouts"],
-        "groups_kept": int(total["useful"]),
-        "groups_asked": int(total["groups"]),
-        "kept_rate": total["useful"] / total["groups"],
-        "rollout_tokens": int(total["tokens"]),
+        "reward": sums["reward"] / sums["rollouts"],
+        "reward_kept": sums["useful_reward"] / (sums["useful"] * config.group_size),
+        "accuracy": sums["correct"] / sums["rollouts"],
+        "tpf": sums["tokens"] / sums["steps"],
+        "response_tokens": sums["shown"] / sums["rollouts"],
+        "truncation_rate": sums["truncated"] / sums["rollouts"],
+        "groups_kept": int(sums["useful"]),
+        "groups_asked": int(sums["groups"]),
+        "kept_rate": sums["useful"] / sums["groups"],
+        "rollout_tokens": int(sums["tokens"]),
     }
 
 
-def count_rollouts(groups: list[Group], useful: list[Group]) -> dict[str, float]:
-    """This rank's sums over the rollouts of a round, `useful` being some of its groups."""
-    answers = [a for g in groups for a in g.answers]
+def count_rollouts(groups: list[Group]) -> dict[str, float]:
+    """This rank's sums over the rollouts of a round."""
+    graded = [g for group in groups for g in group.graded]
+    useful = [group for group in groups if group.useful]
     return {
         "groups": len(groups),
         "useful": len(useful),
-        "rollouts": len(answers),
-        "reward": sum(sum(g.totals) for g in groups),
-        "useful_reward": sum(sum(g.totals) for g in useful),
-        "correct": sum(a.graded.correct for a in answers),
-        "truncated": sum(a.graded.truncated for a in answers),
-        "tokens": sum(len(a.rollout.response_ids) for a in answers),
-        "shown": sum(a.rollout.num_tokens for a in answers),
-        "steps": sum(a.rollout.num_steps for a in answers),
+        "rollouts": len(graded),
+        "reward": sum(sum(group.totals) for group in groups),
+        "useful_reward": sum(sum(group.totals) for group in useful),
+        "correct": sum(g.correct for g in graded),
+        "truncated": sum(g.truncated for g in graded),
+        "tokens": sum(len(g.rollout.response_ids) for g in graded),
+        "shown": sum(g.rollout.num_tokens for g in graded),
+        "steps": sum(g.rollout.num_steps for g in graded),
     }
 
 
 def sample_groups(
-    run: Run,
     engine: Engine,
+    policy: BlockDiffusion,
+    tokenizer: PreTrainedTokenizerFast,
     questions: list[Question],
-    numbers: list[tuple[int, int]],
+    asked: list[tuple[int, int]],
     config: DiPOConfig,
-    how: Decoding,
 ) -> list[Group]:
-    """Roll out and grade G answers to each question, given as (running number, index)."""
-    prompts, seeds = [], []
-    for number, index in numbers:
-        ids = encode_prompt(run.tokenizer, config.prompt.replace("{question}", questions[index].text))
-        prompts += [ids] * config.group_size
-        first = (config.seed % 2**23 << 40) + number * config.group_size
+    """Roll out and grade G rollouts of each question that is asked: (running number, index)."""
+    # G requests per question, each with a seed: 23 bits of the run's, 40 of the rollout's running number.
+    prompts, seeds, repeated = [], [], []
+    for number, index in asked:
+        turn = config.prompt.replace("{question}", questions[index].text)
+        prompts += [encode_prompt(tokenizer, turn)] * config.group_size
+        first = ((config.seed % 2**23) << 40) + number * config.group_size
         seeds += range(first, first + config.group_size)
-    hidden = run.rank > 0
-    with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=hidden) as bar:
-        rollouts = generate_all(engine, prompts, seeds, how, lambda rollout: bar.update(), run.named_weights)
-    asked = [questions[index] for _, index in numbers for _ in range(config.group_size)]
-    answers = grade_rollouts(run.tokenizer, rollouts, asked, run.block_size, how.max_tokens)
+        repeated += [questions[index]] * config.group_size
+
+    # This rank's engine generates them.
+    how, quiet = Decoding.from_config(config), rank_and_world()[0] > 0
+    with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
+        rollouts = generate_all(
+            engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy)
+        )
+
+    # Grade them, and cut the list into groups.
+    graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
     groups = []
-    for i, (number, index) in enumerate(numbers):
-        chosen = answers[i * config.group_size : (i + 1) * config.group_size]
-        rewards = [reward.score(a.graded, config.rewards) for a in chosen]
-        totals = [reward.total(r, config.rewards) for r in rewards]
-        groups.append(Group(number, questions[index], chosen, rewards, totals))
+    for i, (number, _) in enumerate(asked):
+        of_question = graded[i * config.group_size : (i + 1) * config.group_size]
+        groups.append(make_group(number, of_question, config))
     return groups
+
+
+# ----------------------------------------------------------------------------- the loss
 
 
 def dipo_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
-    advantage: torch.Tensor,
+    advantages: torch.Tensor,
     weights: torch.Tensor,
     config: DiPOConfig,
     reference_logprobs: torch.Tensor | None = None,
@@ -239,24 +279,28 @@ def dipo_loss(
 
     Args:
         logprobs, old_logprobs: [M] of each action, under the policy now and when it was sampled.
-        advantage: [M] of the action's trajectory.
+        advantages: [M] of the action's trajectory.
         weights: [M] the normaliser, see `action_weight`.
-        reference_logprobs: [M] under the frozen reference, if config.kl_beta is not 0.
+        reference_logprobs: [M] under the reference, if config.kl_beta is not 0.
 
     Returns:
-        The loss, and sums over actions of: clipped (clip active), policy_kl (k3, old to new), kl.
+        The loss, and sums over actions: how many were clipped, policy_kl = KL(old || now), and kl =
+        KL(now || reference).
     """
+    # Beyond the clip range an action that got better adds no gradient; one that got worse still does.
     log_ratio = logprobs - old_logprobs  # [M]
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    ratio = log_ratio.exp()  # [M]
+    clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # [M]
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)  # [M]
     loss = -(weights * surrogate).sum()
     sums = {
-        "clipped": (clipped * advantage < ratio * advantage).sum(),
+        "clipped": (clipped_ratio * advantages < ratio * advantages).sum(),
         "policy_kl": k3(old_logprobs, logprobs.detach()).sum(),
     }
+
+    # The pull towards the reference, with the same weights.
     if reference_logprobs is not None:
-        kl = k3(logprobs, reference_logprobs)
+        kl = k3(logprobs, reference_logprobs)  # [M]
         loss = loss + config.kl_beta * (weights * kl).sum()
         sums["kl"] = kl.detach().sum()
     return loss, sums
@@ -269,100 +313,19 @@ def k3(logprobs: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def action_weight(
-    config: DiPOConfig, group: Group, tokens: int, all_groups: float, all_tokens: float
+    config: DiPOConfig, group: Group, trajectory_tokens: int, all_groups: float, all_tokens: float
 ) -> float:
-    """Weight of each action of a trajectory with `tokens` tokens; totals are over all ranks.
+    """Weight of each action of a trajectory with so many tokens; all_groups, all_tokens: over all ranks.
 
     group: sum over the group / its tokens, then mean over groups (DiRL, eq. 7); batch: sum / all
-    tokens (DAPO); sequence: mean per response, then mean (eq. 6). Tokens are counted, not actions,
-    so that `exact` and `tokens` are on one scale.
+    tokens (DAPO); sequence: mean per trajectory, then mean over all (DiRL, eq. 6). Tokens are counted, not
+    actions, so that both likelihoods are on one scale.
     """
     if config.normalizer == "group":
-        return 1 / (group.num_tokens * all_groups)
+        return 1 / (group.trajectory_tokens * all_groups)
     if config.normalizer == "batch":
         return 1 / all_tokens
-    return 1 / (tokens * config.group_size * all_groups)
-
-
-def pack_groups(run: Run, groups: list[Group], config: DiPOConfig) -> tuple[list[Packed], torch.Tensor]:
-    """This rank's even share of all ranks' rollouts as packed rows, and each trajectory's advantage.
-
-    The rows are weighted by the global normaliser; `Packed.trajectory` indexes the advantages.
-    """
-    tokens = sum(g.num_tokens for g in groups)
-    all_groups, all_tokens = run.sum_over_ranks(len(groups), tokens)
-    records, sizes = [], []
-    for group in groups:
-        for answer, advantage in zip(group.answers, advantages(group, config), strict=True):
-            r = answer.rollout
-            weight = action_weight(config, group, len(r.response_ids), all_groups, all_tokens)
-            records.append((r, weight, advantage))
-            sizes.append(len(r.prompt_ids) + len(r.response_ids) + run.block_size * r.num_steps)
-    records, rows = deal(run, records, sizes, config.token_budget)
-    exact = config.likelihood == "exact"
-    views = [replay(rollout, run.block_size, weight, exact) for rollout, weight, _ in records]
-    packs = pack(views, run.block_size, run.mask_id, config.token_budget, rows)
-    return packs, torch.tensor([advantage for _, _, advantage in records], device=run.device)
-
-
-def update_policy(
-    run: Run,
-    groups: list[Group],
-    config: DiPOConfig,
-    how: Decoding,
-    reference: BlockDiffusion | None = None,
-) -> dict[str, float]:
-    """All optimizer updates on one batch of groups."""
-    packs, advantage = pack_groups(run, groups, config)
-    packs = [p.to(run.device) for p in packs]
-    old = references = [None] * len(packs)
-    with torch.no_grad():
-        if config.updates > 1:  # with one update, the policy that sampled is the policy now
-            old = [run.model.score(p, how).logprobs for p in packs]
-        if reference is not None:
-            references = [reference.score(p, how).logprobs for p in packs]
-    sums: dict[str, float] = {}
-    gap_max = 0.0
-    for update in range(config.updates):
-        rows = list(zip(packs, old, references, strict=True))
-        bar = tqdm(rows, desc="train", unit="pack", leave=False, disable=run.rank > 0)
-        for packed, old_logprobs, reference_logprobs in micro_batches(run, bar):
-            scores = run.model.score(packed, how)
-            if old_logprobs is None:
-                old_logprobs = scores.logprobs.detach()
-            loss, row = dipo_loss(
-                scores.logprobs,
-                old_logprobs,
-                advantage[packed.trajectory],
-                packed.weights,
-                config,
-                reference_logprobs,
-            )
-            (loss * run.world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
-            row |= {"loss": loss.detach(), "entropy": scores.entropy.detach().sum()}
-            row |= {"actions": len(packed.rows), "holds": (packed.targets == HOLD).sum()}
-            if update == 0:
-                row |= {"train_tokens": len(packed)}
-                gap = engine_gap(scores.logprobs.detach(), packed.engine_logprobs)
-                gap_max = max(gap_max, gap.pop("max"))
-                row |= gap
-            for name, value in row.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        grad_norm = run.optimizer_step(update, config.updates)
-    sums = dict(zip(sums, run.sum_over_ranks(*sums.values()), strict=True))
-    metrics = {
-        "loss": sums["loss"] / config.updates,
-        "entropy": sums["entropy"] / sums["actions"],
-        "clip_fraction": sums["clipped"] / sums["actions"],
-        "policy_kl": sums["policy_kl"] / sums["actions"],
-        "hold_fraction": sums["holds"] / sums["actions"],
-        "grad_norm": grad_norm,
-        "gap_mean": sums["gap"] / sums["reveals"],
-        "gap_max": run.max_over_ranks(gap_max),
-        "gap_kl": sums["gap_kl"] / sums["reveals"],
-        "train_tokens": int(sums["train_tokens"]),
-    }
-    return metrics | ({"kl": sums["kl"] / sums["actions"]} if "kl" in sums else {})
+    return 1 / (trajectory_tokens * config.group_size * all_groups)
 
 
 def engine_gap(logprobs: torch.Tensor, engine_logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -371,85 +334,220 @@ def engine_gap(logprobs: torch.Tensor, engine_logprobs: torch.Tensor) -> dict[st
     Both scored the same tokens in the same states, so in float32 it is rounding (< 1e-4). It grows
     if mask, positions, cache, step map, temperature or a stale weight disagree.
     """
-    revealed = engine_logprobs.isfinite()
+    revealed = engine_logprobs.isfinite()  # nan where held
     ours, theirs = logprobs[revealed], engine_logprobs[revealed]
     gap = (ours - theirs).abs()
     return {
         "gap": gap.sum(),
         "gap_kl": k3(theirs, ours).sum(),
         "reveals": revealed.sum(),
-        "max": gap.max().item() if len(gap) else 0.0,
+        "gap_max": gap.max().item() if len(gap) else 0.0,
     }
 
 
-def log_rollouts(run: Run, groups: list[Group], config: DiPOConfig) -> None:
-    """Append some rollouts of rank 0's step to rollouts.jsonl."""
-    if run.rank:
-        return
-    log = run.out / "rollouts.jsonl"
-    with writing(log), open(log, "a") as file:
-        for group in groups[: config.log_rollouts]:
-            record = answer_record(group.question, group.answers[0])
-            record |= {"step": run.step, "rewards": group.rewards[0]}
-            record |= {"advantage": advantages(group, config)[0]}
-            file.write(json.dumps(record) + "\n")
+# ------------------------------------------------------------------------------ training
 
 
-def check_dipo_config(config: DiPOConfig) -> None:
-    """Refuse what only this stage can get wrong."""
-    try:
-        reward.check_names(config.rewards)
-    except ValueError as error:
-        raise InputError(f"config key rewards: {error}") from error
-    if config.group_size < 2:
-        raise InputError(f"config key group_size: {config.group_size}, expected at least 2")
-    for name in ("groups", "max_rounds", "updates", "denoising_steps", "temperature"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"config key {name}: expected more than 0")
+@dataclass
+class Row:
+    """A packed row to train on, with the log-probabilities that are constants of its loss."""
+
+    packed: Packed
+    old_logprobs: torch.Tensor | None  # [M] of the policy that sampled; None: the policy has not moved since
+    reference_logprobs: torch.Tensor | None  # [M] of the reference; None: there is none
 
 
-def main(argv: list[str]) -> None:
-    """Train."""
-    config = load_config(DiPOConfig, argv)
-    check_dipo_config(config)
+class Weighted(NamedTuple):
+    """A rollout on its way to the rank that trains on it."""
+
+    rollout: Rollout
+    weight: float  # of each of its actions, from counts over all ranks: dealing does not change it
+    advantage: float
+
+
+def pack_groups(groups: list[Group], config: DiPOConfig, block_size: int, mask_id: int) -> list[Packed]:
+    """This rank's even share of all ranks' rollouts as packed rows, replayed view by view."""
+    # What this rank rolled out, with the numbers that go into `Packed.weights` and `Packed.advantages`.
+    counts = {"groups": len(groups), "tokens": sum(g.trajectory_tokens for g in groups)}
+    counts = sum_over_ranks(counts)
+    own, sizes = [], []
+    for group in groups:
+        for graded, advantage in zip(group.graded, group.advantages, strict=True):
+            rollout = graded.rollout
+            tokens = len(rollout.response_ids)
+            weight = action_weight(config, group, tokens, counts["groups"], counts["tokens"])
+            own.append(Weighted(rollout, weight, advantage))
+            sizes.append(len(rollout.prompt_ids) + tokens + block_size * rollout.num_steps)  # clean, views
+
+    # What this rank trains on, in rows of similar size on all ranks.
+    dealt, plan = deal(own, sizes, config.token_budget)
+    exact = config.likelihood == "exact"
+    views = [replay(w.rollout, block_size, w.weight, exact, w.advantage) for w in dealt]
+    return pack(views, block_size, mask_id, config.token_budget, plan)
+
+
+@torch.no_grad()
+def score_rows(
+    packs: list[Packed], policy: BlockDiffusion, reference: BlockDiffusion | None, config: DiPOConfig
+) -> list[Row]:
+    """The rows, with the log-probabilities that are constants of their loss.
+
+    The old ones are the trainer's own (not the engine's, which rounds otherwise), taken before the first
+    update. With one update per batch the policy is still that one: ratios are 1, and no extra pass is made.
+    """
+    how, rows = Decoding.from_config(config), []
+    for packed in packs:
+        old = policy.score(packed, how).logprobs if config.updates > 1 else None
+        of_reference = reference.score(packed, how).logprobs if reference is not None else None
+        rows.append(Row(packed, old, of_reference))
+    return rows
+
+
+def accumulate_gradients(
+    policy: BlockDiffusion, rows: list[Row], config: DiPOConfig, first_update: bool
+) -> list[dict[str, float]]:
+    """Add the gradient of the loss over all rows of all ranks.
+
+    Returns:
+        For every row of this rank, sums over its actions: those of dipo_loss, loss, entropy, actions, holds;
+        with the first update, before the policy moves, also train_tokens and those of engine_gap.
+    """
+    (rank, world), how, stats = rank_and_world(), Decoding.from_config(config), []
+    bar = tqdm(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
+    for row in micro_batches(policy, rows, config.reduce_once):  # gradients are reduced after the last one
+        # Every action of the row under the policy now, in one pass.
+        packed = row.packed
+        scores = policy.score(packed, how)
+        now = scores.logprobs.detach()
+        old = now if row.old_logprobs is None else row.old_logprobs
+        loss, sums = dipo_loss(
+            scores.logprobs, old, packed.advantages, packed.weights, config, row.reference_logprobs
+        )
+        (loss * world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
+
+        # Sums for metrics.jsonl.
+        sums |= {"loss": loss.detach(), "entropy": scores.entropy.sum()}
+        sums |= {"actions": len(packed.scored), "holds": (packed.targets == HOLD).sum()}
+        if first_update:
+            sums |= {"train_tokens": len(packed)} | engine_gap(now, packed.engine_logprobs)
+        stats.append({name: float(value) for name, value in sums.items()})
+        bar.update()
+    bar.close()
+    return stats
+
+
+def training_metrics(stats: list[dict[str, float]], config: DiPOConfig) -> dict[str, float]:
+    """Figures over all actions of all ranks, from the sums per row of `accumulate_gradients`."""
+    sums: dict[str, float] = {}
+    gap_max = 0.0
+    for of_row in stats:
+        gap_max = max(gap_max, of_row.get("gap_max", 0.0))
+        for name, value in of_row.items():
+            if name != "gap_max":
+                sums[name] = sums.get(name, 0.0) + value
+    sums, gap_max = sum_over_ranks(sums), max(gather(gap_max))
+    metrics = {
+        "loss": sums["loss"] / config.updates,
+        "entropy": sums["entropy"] / sums["actions"],
+        "clip_fraction": sums["clipped"] / sums["actions"],
+        "policy_kl": sums["policy_kl"] / sums["actions"],
+        "hold_fraction": sums["holds"] / sums["actions"],
+        "gap_mean": sums["gap"] / sums["reveals"],
+        "gap_max": gap_max,
+        "gap_kl": sums["gap_kl"] / sums["reveals"],
+        "train_tokens": int(sums["train_tokens"]),
+    }
+    return metrics | ({"kl": sums["kl"] / sums["actions"]} if "kl" in sums else {})
+
+
+# ------------------------------------------------------------------------------ the loop
+
+
+def rollout_records(groups: list[Group], step: int, count: int) -> list[dict]:
+    """The first rollout of each of `count` groups, for rollouts.jsonl."""
+    records = []
+    for group in groups[:count]:
+        record = group.graded[0].to_record() | {"step": step, "rewards": group.rewards[0]}
+        records.append(record | {"advantage": group.advantages[0]})
+    return records
+
+
+def main(config: DiPOConfig) -> None:
+    """The DiPO loop: roll out, replay, update, hand over the weights."""
+    # The run's folder knows three checkpoints: `initial`, where the run began; `weights`, its newest if it
+    # is resumed; and `base`, from where the policy is loaded, which differs from `weights` with LoRA only.
+    rank, _, device = start_distributed()
     questions = read_questions(config.data)
-    run = Run(config)
-    evaluator = Evaluator(run) if config.eval_every else None
-    engine = run.make_engine()
+    folder = RunFolder(config)
+    tokenizer = load_tokenizer(folder.weights)
+
+    # The policy, sharded over the ranks by FSDP2 under torchrun, and perhaps the reference of the KL.
+    policy = load_for_training(folder.base, device, config)
+    block_size, mask_id = choose_block_size(config.block_size, policy.config), tokenizer.mask_token_id
     reference = None
     if config.kl_beta:
-        reference = load_for_training(str(run.initial), run.world, run.device, config).requires_grad_(False)
-    how = Decoding.from_config(config)
-    order = data_order(len(questions), config.seed, run.cursor)
-    bar = tqdm(total=config.steps, initial=run.step, desc="dipo", unit="step", disable=run.rank > 0)
-    while run.step < config.steps:
+        reference = load_for_training(folder.initial, device, config).requires_grad_(False)
+    optimizer = make_optimizer(policy, config)
+    folder.restore(policy, optimizer)
+
+    # The engine of this rank, and the order of the questions, which goes on where a resumed run stopped.
+    engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
+    order = DataOrder(len(questions), config.seed, folder.cursor)
+    if config.eval_every:
+        eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
+
+    bar = tqdm(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
+    for step in range(folder.step + 1, config.steps + 1):
+        # Roll out and grade, until enough groups have a spread of rewards; their advantages come with them.
         watch = Stopwatch()
         with watch("rollout"):
             try:
-                groups, metrics = collect_groups(run, engine, questions, order, config, how)
+                groups, metrics = collect_groups(engine, policy, tokenizer, questions, order, config)
             except InputError:
-                run.save()  # what was learned so far is not lost
+                folder.save(step - 1, order.cursor, policy, optimizer)  # the last step that was done
                 raise
+
         with watch("train"):
+            # The engine gives its memory (weights and cache) to the trainer.
             metrics["gib_given_back"] = engine.sleep() / 2**30
-            metrics |= update_policy(run, groups, config, how, reference)
-        lr = run.optimizer.param_groups[0]["lr"]
-        run.step += 1
+
+            # Replay every decision as the decoder saw it, in packed rows dealt out evenly to the ranks.
+            packs = [p.to(device) for p in pack_groups(groups, config, block_size, mask_id)]
+            rows = score_rows(packs, policy, reference, config)
+            stats = []
+            for update in range(config.updates):
+                # The policy gradient of all rows: forward and backward, summed over the ranks.
+                stats += accumulate_gradients(policy, rows, config, first_update=update == 0)
+
+                # One optimizer step.
+                norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+                updates_done = (step - 1) * config.updates + update
+                metrics["lr"] = lr_at(config, updates_done, config.steps * config.updates)
+                set_lr(optimizer, metrics["lr"])
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics |= training_metrics(stats, config) | {"grad_norm": gathered(norm).item()}
+
+        # The engine gets the new weights, in place.
         with watch("update_weights"):
-            engine.update_weights(run.named_weights())
+            engine.update_weights(named_weights(policy))
             engine.wake()
-        if run.due(config.eval_every):
+        if due(config.eval_every, step, config.steps):
             with watch("evaluate"):
-                metrics |= evaluator(engine)
-        run.log(**metrics, lr=lr, **watch.seconds)
-        log_rollouts(run, groups, config)
+                metrics |= evaluate_now(
+                    engine, tokenizer, eval_questions, config, weights=lambda: named_weights(policy)
+                )
+
+        # On record.
+        folder.log(step, metrics | watch.seconds)
+        folder.append("rollouts.jsonl", rollout_records(groups, step, config.log_rollouts))
         bar.set_postfix(accuracy=f"{metrics['accuracy']:.3f}", tpf=f"{metrics['tpf']:.2f}")
         bar.update()
-        if run.due(config.save_every) or run.step == config.steps:
-            run.save()
+        if due(config.save_every, step, config.steps) or step == config.steps:
+            folder.save(step, order.cursor, policy, optimizer)
     bar.close()
     engine.close()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, CONFIG)

@@ -1,82 +1,35 @@
-r"""Evaluation: a checkpoint answers the questions of benchmarks, and every answer is graded.
+r"""Evaluation: a checkpoint responds to the questions of benchmarks, and every response is graded.
 
-For each decoding rule (static, dynamic) every question gets `samples` answers. Reported: accuracy
+For each decoding rule (static, dynamic) every question gets `samples` responses. Reported: accuracy
 (mean@k, with a 95 % interval by bootstrap over the questions), pass@k, maj@k, tokens per forward, mean
-length of what the user sees, truncated answers (always wrong), and tokens per second. The same weights
-score very differently under another protocol (SDAR-8B-Chat on MATH500: published as 52.6, 71.9 and
-78.6), so it has a name (`protocol`), and its every setting goes into summary.json beside the figures.
+length of what the user sees, truncated responses (always wrong), and tokens per second. The same weights
+get very different accuracies under another protocol (SDAR-8B-Chat on MATH500: published as 52.6, 71.9
+and 78.6). A protocol therefore has a name, and all its settings go into summary.json beside the figures.
 
     python evaluate.py                                                # the demo's checkpoint
     python evaluate.py model=JetLM/SDAR-8B-Chat protocol=dirl data=[math500,aime24]
     torchrun --nproc_per_node 8 evaluate.py --config configs/eval.yaml data=olympiadbench
     python evaluate.py sweep=[0.5,0.7,0.9,0.99] samples=4             # thresholds: sweep.png
-    python evaluate.py compare=[runs/a,runs/b]                        # paired bootstrap of two runs
 
-Finished answers are on disk at once: the same command goes on where it was interrupted, and under
-torchrun every rank answers its share (one file system is assumed). Left out on purpose: prompts with
-worked examples, graders other than reward.py's.
-
-This is the first script of the chain, so what the other two share with it lives here as well: the
-config loader, the readers of question files, the process group, the exit code for bad input.
+Every response is written to disk as it ends: the same command goes on where it was interrupted, and under
+torchrun every rank makes its share (one file system is assumed). Two runs are compared by
+benchmarks/compare.py. Left out on purpose: prompts with worked examples, graders other than reward.py's.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import glob
-import hashlib
-import json
-import os
-import sys
-import time
-from dataclasses import dataclass, field
-from datetime import timedelta
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
-from transformers import AutoConfig
-from transformers.utils.logging import disable_progress_bar
+from plumbing.common import InputError, run_script
+from plumbing.config import EngineName, Rule, read_arguments, setting
 
-import report
-import reward
-from masking import InputError
-from model import find_folder, is_block_diffusion, load, load_tokenizer, stop_ids, writing
-from report import BENCHMARKS, Results, table
-from rollout import (
-    Decoding,
-    Engine,
-    LMDeployEngine,
-    Rollout,
-    TorchEngine,
-    gather,
-    generate_all,
-    lmdeploy_problem,
-    rank_and_world,
-)
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from transformers import PreTrainedTokenizerFast
-
-Config = TypeVar("Config")
-Rule = Literal["dynamic", "static", "sequential"]
-EngineName = Literal["auto", "lmdeploy", "torch"]
-
-BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
 BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."
 # What a protocol sets; the config file and key=value win over it.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "none": {},
-    "greedy": {"prompt": BOXED, "top_k": 1, "max_tokens": 8192},  # nobody's: one answer, without chance
+    "greedy": {"prompt": BOXED, "top_k": 1, "max_tokens": 8192},  # ours: nothing is left to chance
     "dirl": {  # DiRL: [paper] arXiv 2512.22234, Table 1; [release] evaluation of github OpenMOSS/DiRL
         "prompt": BOXED,  # [release]
         "samples": 16,  # per question [release]
@@ -84,10 +37,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "top_k": 50,  # [release]
         "top_p": 1.0,  # [release]
         "threshold": 0.9,  # of "dynamic" [paper]
-        "denoising_steps": 4,  # "static" reveals one token per forward, with blocks of 4 [paper]
+        "denoising_steps": 4,  # "static": with blocks of 4 one token per forward [paper]
         "max_tokens": 8192,  # [paper]
         "min_tokens": 128,  # [release]
-        "banned": ["<|endoftext|>"],  # so that answers stop at <|im_end|> [release]
+        "banned": ["<|endoftext|>"],  # so that responses stop at <|im_end|> [release]
         "dtype": "bfloat16",  # [release]
     },
 }
@@ -97,428 +50,243 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 class EvalConfig:
     """Fields of evaluate.py."""
 
-    model: str = "runs/demo/dipo/latest"  # checkpoint folder or hub id
-    data: Any = "runs/demo/data/test.jsonl"  # question file or name of a benchmark, or a list of them
-    out: str = "runs/eval"  # responses, summary.json and table.md go here
-    protocol: Literal["none", "greedy", "dirl"] = "none"  # sets other fields: PROTOCOLS in evaluate.py
-    rules: list[Rule] = field(default_factory=lambda: ["static", "dynamic"])  # decoding rules
-    samples: int = 1  # answers per question (k)
-    sweep: list[float] = field(default_factory=list)  # dynamic at each of these thresholds; sweep.png
-    compare: list[str] = field(default_factory=list)  # two finished runs; then nothing is generated
-    limit: int = 0  # only the first so many questions of each file; 0: all
-    prompt: str = "{question}"  # the user's turn; {question} is replaced
-    threshold: float = 0.9  # dynamic: confidence that is enough to reveal
-    denoising_steps: int = 4  # static, sequential: steps per block
-    temperature: float = 1.0  # of the softmax that tokens and confidences come from
-    top_k: int = 1  # 1: greedy; 0: off
-    top_p: float = 1.0  # nucleus; 1: off
-    max_tokens: int = 256  # new tokens per answer
-    min_tokens: int = 0  # a block that begins before so many new tokens has no stop token
-    banned: list[str] = field(default_factory=list)  # tokens that are never drawn
-    block_size: int = 0  # tokens per block; 0: the checkpoint's, or 4
-    max_batch: int = 256  # answers generated at once
-    seed: int = 0  # of the sampling
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights; lmdeploy has bfloat16
-    engine: EngineName = "auto"  # auto: lmdeploy where it can run, else torch
-    cache_gib: float = 0.0  # lmdeploy's key/value cache; 0: 40 % of the free GPU memory
-    tensor_parallel: int = 1  # GPUs per engine; only 1 works
-
-
-@dataclass
-class Question:
-    """A question with its gold answer."""
-
-    text: str
-    gold: str
-    tolerance: float | None = None  # how far a number may be from the gold one, absolutely
-
-
-@dataclass
-class Answer:
-    """A rollout with its grade."""
-
-    rollout: Rollout
-    graded: reward.Graded
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad option in one line, without the usage text."""
-
-    def error(self, message: str):
-        raise InputError(message)
-
-
-def load_config(
-    config_class: type[Config], argv: list[str], presets: Mapping[str, dict[str, Any]] | None = None
-) -> Config:
-    """Defaults of the dataclass, then the YAML file of --config, then key=value overrides.
-
-    Args:
-        presets: fields by name of a protocol; those of config.protocol come right after the defaults.
-
-    Raises:
-        InputError: unknown key, wrong type, bad choice, unreadable file; the message names the key.
-    """
-    parser = Parser(
-        description=sys.modules[config_class.__module__].__doc__,
-        epilog="fields and defaults:\n" + OmegaConf.to_yaml(OmegaConf.structured(config_class)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    model: str = setting("runs/demo/dipo/latest", "checkpoint folder or hub id", heading="What is evaluated")
+    data: Any = setting(
+        "runs/demo/data/test.jsonl", "question file or name of a benchmark, or a list of them"
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(argv)
-    for override in options.overrides:
-        if "=" not in override:
-            raise InputError(f"{override}: expected key=value")
-    layers = [OmegaConf.structured(config_class)]
-    try:
-        if options.config:
-            layers.append(OmegaConf.load(options.config))
-        layers.append(OmegaConf.from_dotlist(options.overrides))
-        if presets:
-            layers.insert(1, presets[OmegaConf.merge(*layers).protocol])
-        return OmegaConf.to_object(OmegaConf.merge(*layers))
-    except OmegaConfBaseException as error:
-        key = f"config key {error.full_key}: " if error.full_key else ""
-        raise InputError(key + str(error).splitlines()[0]) from error
-    except FileNotFoundError as error:
-        raise InputError(f"{options.config}: no such config file") from error
-    except Exception as error:  # the YAML parser's own kinds
-        reason = " ".join(str(error).split())
-        where = options.config or " ".join(options.overrides)
-        raise InputError(f"{where}: not YAML ({reason})") from error
+    out: str = setting("runs/eval", "responses, summary.json and table.md go here")
+    protocol: Literal["none", "greedy", "dirl"] = setting("none", "sets other fields: evaluate.PROTOCOLS")
+    rules: list[Rule] = setting(["static", "dynamic"], "decoding rules")
+    samples: int = setting(1, "responses per question (k)", above=0)
+    sweep: list[float] = setting([], "dynamic at each of these thresholds instead; plotted to sweep.png")
+    limit: int = setting(0, "only the first so many questions of each file; 0: all")
+
+    prompt: str = setting("{question}", "the user's turn; {question} is replaced", heading="Decoding")
+    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal")
+    denoising_steps: int = setting(4, "static, sequential: steps per block", above=0)
+    temperature: float = setting(1.0, "of the softmax that tokens and confidences come from", above=0)
+    top_k: int = setting(1, "1: greedy; 0: off")
+    top_p: float = setting(1.0, "nucleus; 1: off")
+    max_tokens: int = setting(256, "new tokens per response", above=0)
+    min_tokens: int = setting(0, "no stop token is drawn in a block that begins before so many new tokens")
+    banned: list[str] = setting([], "tokens that are never drawn")
+    block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
+    seed: int = setting(0, "of the sampling", at_least=None)
+
+    engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
+    max_batch: int = setting(256, "responses generated at once", above=0)
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "of the weights; lmdeploy has bfloat16")
+    cache_gib: float = setting(0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory")
+
+    def check(self) -> None:
+        """Check combinations of fields, before anything is loaded.
+
+        Raises:
+            InputError: naming the field.
+        """
+        if not self.rules:
+            raise InputError("config key rules: expected at least 1")
+        if self.min_tokens > self.max_tokens:
+            raise InputError(f"config key min_tokens: {self.min_tokens} is more than max_tokens")
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
-    """Call main(arguments); bad input and a full disk end in one line and exit code 2."""
-    disable_progress_bar()  # transformers' own, for every file it reads
-    try:
-        main(sys.argv[1:])
-    except InputError as error:
-        sys.exit(_fail(str(error)))
-    except OSError as error:
-        sys.exit(_fail(f"{error.filename or 'file system'}: {error.strerror or error}"))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+if __name__ == "__main__":  # a bad argument is answered before the imports below, which take seconds
+    CONFIG = read_arguments(EvalConfig, PROTOCOLS)
+
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import time
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from plumbing import report
+from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
+from plumbing.common import read_records, write_json, writing
+from plumbing.ranks import gather, rank_and_world, start_distributed
+from plumbing.report import BENCHMARKS, Results
+from plumbing.run_folder import claim
+from reward import Graded, Question, grade, read_questions
+from rollout import Decoding, Engine, Rollout, generate_all, make_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from plumbing.config import TrainConfig
 
 
-def _fail(message: str) -> int:
-    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)  # above open progress bars
-    return 2
+# -------------------------------------------------------------------------------- responding
 
 
-def start_distributed(backend: str = "") -> tuple[int, int, torch.device]:
-    """(rank, world size, device); starts the process group under torchrun, by default gloo or NCCL."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend or (BACKEND if cuda else "gloo"), timeout=timedelta(hours=2))
-    return *rank_and_world(), device
-
-
-def read_rows(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(where, row) pairs of a JSON list or JSON Lines file; `where` names file and line.
-
-    Raises:
-        InputError: missing, empty or malformed file, or a row that is no object.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{path}: no such data file")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    rows = []
-    if text.lstrip().startswith("["):
-        try:
-            rows = [(f"{path}: row {i + 1}", row) for i, row in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON ({error})") from error
-    else:
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from error
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object, found {type(row).__name__}")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: half of a surrogate pair is no text") from error
-    return rows
-
-
-def read_questions(path: str) -> list[Question]:
-    """Questions of a file in any of the formats of data/README.md.
-
-    Raises:
-        InputError: a row without a question or without an answer.
-    """
-    questions = []
-    for where, row in read_rows(path):
-        text = row.get("question", row.get("problem"))
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"{where}: no question (expected a text in `question` or `problem`)")
-        names = ("ground_truth_answer", "answer", "final_answer")
-        gold = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
-        if isinstance(gold, list):
-            gold = ", ".join(map(str, gold))
-        gold = str(gold).rpartition("####")[2].strip() if isinstance(gold, str | int | float) else ""
-        if not gold:
-            raise InputError(f"{where}: no answer (expected one of {', '.join(names)})")
-        if isinstance(row.get("unit"), str) and row["unit"].strip():  # OlympiadBench
-            gold = f"{gold} {row['unit'].strip()}"
-        try:
-            tolerance = float(str(row["error"]).strip(",").split(",")[0]) if row.get("error") else None
-        except (TypeError, ValueError):
-            raise InputError(f"{where}: `error` is {row['error']!r}, expected a tolerance") from None
-        questions.append(Question(text, gold, tolerance))
-    return questions
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, user_turn: str) -> list[int]:
-    """Token ids of a chat with one user turn, ready for the assistant's."""
-    chat = [{"role": "user", "content": user_turn}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def choose_block_size(wanted: int, model_config: Any) -> int:
-    """The block size to use: the config's, or the checkpoint's, or 4 as in published SDAR.
-
-    Raises:
-        InputError: both are given and differ.
-    """
-    trained = getattr(model_config, "block_size", None)
-    if wanted < 0 or (wanted and trained and wanted != trained):
-        raise InputError(f"config key block_size: {wanted}, but the checkpoint has {trained}")
-    return wanted or trained or 4
-
-
-def make_engine(
-    checkpoint: str, tokenizer: PreTrainedTokenizerFast, block_size: int, config: Any, log: Path
-) -> Engine:
-    """The rollout engine for a checkpoint, as config.engine says; the choice is printed.
-
-    Args:
-        config: has engine, max_batch, dtype, cache_gib and tensor_parallel.
-        log: what an engine in a subprocess prints goes there.
-
-    Raises:
-        InputError: the engine cannot run here, or not this model.
-    """
-    if config.tensor_parallel != 1:
-        raise InputError(f"config key tensor_parallel: {config.tensor_parallel}, only 1 works so far")
-    cuda, folder = torch.cuda.is_available(), find_folder(checkpoint)
-    name = config.engine
-    if name == "auto":
-        name = "torch" if lmdeploy_problem() else "lmdeploy"
-    if rank_and_world()[0] == 0:
-        tqdm.write(f"engine: {name}", file=sys.stderr)
-    if name == "lmdeploy":
-        diffusion = is_block_diffusion(folder)
-        b = choose_block_size(block_size, AutoConfig.from_pretrained(folder)) if diffusion else 0
-        dtype = "bfloat16" if cuda else config.dtype
-        return LMDeployEngine(
-            checkpoint, b, tokenizer.mask_token_id, stop_ids(tokenizer),
-            config.max_batch, dtype, config.cache_gib, log,
-        )  # fmt: skip
-    model = load(checkpoint, getattr(torch, config.dtype), "cuda" if cuda else "cpu")
-    b = choose_block_size(block_size, model.config)
-    return TorchEngine(model, b, tokenizer.mask_token_id, stop_ids(tokenizer), config.max_batch)
-
-
-def grade_rollouts(
-    tokenizer: PreTrainedTokenizerFast,
-    rollouts: list[Rollout],
-    questions: list[Question],
-    block_size: int,
-    max_tokens: int,
-) -> list[Answer]:
-    """Decode and grade each rollout of as many questions, by this rank's share of the cores."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    graded = reward.grade_all(
-        [tokenizer.decode(r.visible_ids, skip_special_tokens=True) for r in rollouts],
-        [q.gold for q in questions],
-        num_tokens=[r.num_tokens for r in rollouts],
-        truncated=[r.finish_reason == "length" for r in rollouts],
-        tokens_per_forward=[r.tokens_per_forward for r in rollouts],
-        block_size=block_size,
-        max_tokens=max_tokens,
-        tolerances=[q.tolerance for q in questions],
-        workers=max(1, cores),
-    )
-    return [Answer(rollout, grade) for rollout, grade in zip(rollouts, graded, strict=True)]
-
-
-def answer_questions(
+def respond(
     engine: Engine,
     tokenizer: PreTrainedTokenizerFast,
     questions: list[Question],
     how: Decoding,
-    block_size: int,
     samples: int = 1,
     prompt: str = "{question}",
     seed: int = 0,
-    title: str = "answers",
+    title: str = "responses",
     weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
     known: Mapping[int, Rollout] | None = None,
     done: Callable[[Rollout], None] = lambda rollout: None,
-) -> list[list[Answer]]:
-    """`samples` graded answers to each question; under torchrun every rank answers its share.
+) -> list[list[Graded]]:
+    """`samples` graded rollouts of each question; call it on every rank, each makes its share.
 
     Args:
+        prompt: the user's turn; {question} is replaced.
+        seed: sample j of question i has seed + i * samples + j.
         weights: see `rollout.generate_all`; needed if the engine's are not the checkpoint's.
-        known: answers that are there already, by seed: sample j of question i has
-            seed + i * samples + j.
+        known: rollouts that are there already, by seed, perhaps without their prompts.
         done: sees each new rollout as it ends.
     """
+    # This rank's share of the questions, and which of its rollouts are missing.
     rank, world = rank_and_world()
-    mine = range(rank, len(questions), world)
-    prompts = {i: encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text)) for i in mine}
-    requests = [(i, seed + i * samples + j) for i in mine for j in range(samples)]
-    known = known or {}
-    rollouts = {s: dataclasses.replace(known[s], prompt_ids=prompts[i]) for i, s in requests if s in known}
-    todo = [(i, s) for i, s in requests if s not in rollouts]
-    start, total = len(rollouts), len(requests)
-    with tqdm(initial=start, total=total, desc=title, unit="answer", disable=rank > 0) as bar:
+    rollouts: dict[int, Rollout] = {}  # by seed
+    asked, prompts, seeds = [], [], []  # for every rollout; for the missing ones
+    for i in range(rank, len(questions), world):
+        ids = encode_prompt(tokenizer, prompt.replace("{question}", questions[i].text))
+        for sample_seed in range(seed + i * samples, seed + (i + 1) * samples):
+            asked.append((questions[i], sample_seed))
+            if known and sample_seed in known:
+                rollouts[sample_seed] = dataclasses.replace(known[sample_seed], prompt_ids=ids)
+            else:
+                prompts.append(ids)
+                seeds.append(sample_seed)
 
-        def ended(rollout: Rollout) -> None:
-            bar.update()
-            done(rollout)
+    # Generate those.
+    bar = tqdm(initial=len(rollouts), total=len(asked), desc=title, unit="response", disable=rank > 0)
 
-        prompts_todo, seeds = [prompts[i] for i, _ in todo], [s for _, s in todo]
-        new = generate_all(engine, prompts_todo, seeds, how, ended, weights)
-    rollouts |= zip(seeds, new, strict=True)
-    asked = [questions[i] for i, _ in requests]
-    given = [rollouts[s] for _, s in requests]
-    answers = grade_rollouts(tokenizer, given, asked, block_size, how.max_tokens)
-    shares = gather([answers[n : n + samples] for n in range(0, len(answers), samples)])
+    def ended(rollout: Rollout) -> None:
+        bar.update()
+        done(rollout)
+
+    with bar:
+        new = generate_all(engine, prompts, seeds, how, ended, weights)
+    rollouts.update(zip(seeds, new, strict=True))
+
+    # Grade all of them, in the order of the questions.
+    in_order = [rollouts[sample_seed] for _, sample_seed in asked]
+    asked_questions = [question for question, _ in asked]
+    graded = grade(in_order, asked_questions, tokenizer, engine.block_size, how.max_tokens)
+    by_question = [graded[n : n + samples] for n in range(0, len(graded), samples)]
+
+    # Bring the ranks' shares together: of 2 ranks the first has questions 0 2 4, the second 1 3 5.
+    shares = gather(by_question)
     return [shares[i % world][i // world] for i in range(len(questions))]
 
 
-def summarize(answers: list[list[Answer]]) -> dict[str, float]:
-    """Figures over questions x samples."""
-    flat = [a for group in answers for a in group]
-    mean = len(flat)
+def evaluate_now(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    config: TrainConfig,
+    weights: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+) -> dict[str, float]:
+    """Evaluate while training, dynamic and greedily: `summarize`'s figures, names prefixed with eval/."""
+    how = Decoding(top_k=1, threshold=config.eval_threshold, max_tokens=config.eval_max_tokens)
+    start = time.perf_counter()
+    graded = respond(
+        engine, tokenizer, questions, how, prompt=config.prompt, title="evaluate", weights=weights
+    )
+    figures = summarize(graded) | {"seconds": time.perf_counter() - start}
+    return {f"eval/{name}": value for name, value in figures.items()}
+
+
+# --------------------------------------------------------------------------------- figures
+
+
+def summarize(graded: list[list[Graded]]) -> dict[str, float]:
+    """Figures over questions x samples; tokens: what the user sees, per response."""
+    flat = [g for group in graded for g in group]
     return {
-        "questions": len(answers),
-        "samples": len(flat) // len(answers),
-        "accuracy": sum(a.graded.correct for a in flat) / mean,
-        "pass_at_k": sum(any(a.graded.correct for a in g) for g in answers) / len(answers),
-        "tpf": sum(len(a.rollout.response_ids) for a in flat) / sum(a.rollout.num_steps for a in flat),
-        "tokens": sum(a.rollout.num_tokens for a in flat) / mean,
-        "truncated": sum(a.graded.truncated for a in flat) / mean,
+        "questions": len(graded),
+        "samples": len(flat) // len(graded),
+        "accuracy": sum(g.correct for g in flat) / len(flat),
+        "pass_at_k": sum(any(g.correct for g in group) for group in graded) / len(graded),
+        "tpf": sum(len(g.rollout.response_ids) for g in flat) / sum(g.rollout.num_steps for g in flat),
+        "tokens": sum(g.rollout.num_tokens for g in flat) / len(flat),
+        "truncated": sum(g.truncated for g in flat) / len(flat),
     }
 
 
-def full_summary(answers: list[list[Answer]]) -> dict[str, Any]:
-    """`summarize`, and the figures that are of no use during training."""
-    correct = [[a.graded.correct for a in group] for group in answers]
+def full_summary(graded: list[list[Graded]]) -> dict[str, Any]:
+    """`summarize`, and interval, pass@j and maj@k."""
+    correct = [[g.correct for g in group] for group in graded]
     k = len(correct[0])
-    low, high = report.bootstrap_interval([fmean(c) for c in correct])
-    powers = [2**i for i in range(k.bit_length()) if 2**i < k] + [k]
-    return summarize(answers) | {
+    low, high = report.bootstrap_interval([fmean(of_question) for of_question in correct])
+    pass_at = {}
+    for j in [2**i for i in range(k.bit_length()) if 2**i < k] + [k]:  # k = 6: 1 2 4 6
+        pass_at[str(j)] = fmean(report.pass_at_k(k, sum(of_question), j) for of_question in correct)
+    return summarize(graded) | {
         "accuracy_low": low,
         "accuracy_high": high,
-        "pass_at": {str(j): fmean(report.pass_at_k(k, sum(c), j) for c in correct) for j in powers},
-        "maj_at_k": fmean(majority_is_right(group) for group in answers),
+        "pass_at": pass_at,
+        "maj_at_k": fmean(majority_is_right(group) for group in graded),
     }
 
 
-def majority_is_right(group: list[Answer]) -> bool:
+def majority_is_right(group: list[Graded]) -> bool:
     """maj@k of one question. Truncated samples have no vote: they are wrong whatever their box says."""
-    graded = [a.graded for a in group]
-    winner = report.majority([None if g.truncated else g.answer for g in graded])
-    return winner is not None and graded[winner].correct
+    first = report.majority([None if g.truncated else g.answer for g in group])  # an index
+    return first is not None and group[first].correct
 
 
-# ------------------------------------------------------------------------------- answers kept on disk
+# -------------------------------------------------------------------- responses kept on disk
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is there completely or not at all."""
-    part = path.with_name(path.name + ".part")
-    with writing(part):
-        part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
-
-
-def answer_record(question: Question, answer: Answer) -> dict[str, Any]:
-    """What is kept of an answer on disk."""
-    r, g = answer.rollout, answer.graded
-    return {
-        "question": question.text,
-        "gold": question.gold,
-        "answer": g.answer,
-        "correct": g.correct,
-        "text": g.text,
-        "tpf": r.tokens_per_forward,
-        "prompt_tokens": len(r.prompt_ids),
-        "num_tokens": r.num_tokens,
-        "finish_reason": r.finish_reason,
-        "seed": r.seed,
-        "steps": r.steps,
-    }
+KEPT = ("response_ids", "steps", "num_tokens", "finish_reason", "seed")  # of a rollout
 
 
 def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Question]]) -> None:
-    """Note what decides the answers in out/config.json, if no other run's answers are there.
+    """Write to out/config.json all settings that decide the responses.
 
     Raises:
-        InputError: they are; what was asked before and is not now goes on where it stopped.
+        InputError: out holds responses of other settings. (Those of the same ones are gone on with.)
     """
-    free = ("out", "max_batch", "cache_gib", "tensor_parallel")  # another value, the same answers
-    run = {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+    # The config, the weights, and the questions.
+    irrelevant = ("out", "max_batch", "cache_gib")
+    run = {name: value for name, value in dataclasses.asdict(config).items() if name not in irrelevant}
     run["model"] = str(find_folder(config.model).resolve())
     files = sorted(Path(run["model"]).glob("model*.safetensors"))
     run["weights"] = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    texts = {n: json.dumps([dataclasses.astuple(q) for q in qs]) for n, qs in benchmarks.items()}
-    run["questions"] = {n: hashlib.sha256(text.encode()).hexdigest() for n, text in texts.items()}
-    file = out / "config.json"
-    if any(f.stat().st_size for f in out.glob("responses-*.jsonl")):
-        before = json.loads(file.read_text()) if file.exists() else {}
-        changed = [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]
-        if changed:
-            raise InputError(
-                f"config key {changed[0]}: {out} holds answers with another value of it; remove that folder, "
-                "or give another out"
-            )
-    out.mkdir(parents=True, exist_ok=True)
-    if rank_and_world()[0] == 0:
-        write_json(file, run)
+    run["questions"] = {}
+    for name, questions in benchmarks.items():
+        text = json.dumps([dataclasses.astuple(question) for question in questions])
+        run["questions"][name] = hashlib.sha256(text.encode()).hexdigest()
+
+    in_use = any(f.stat().st_size for f in out.glob("responses-*.jsonl"))
+    claim(out, run, in_use)
 
 
 def read_kept(out: Path, name: str) -> dict[int, dict[str, Any]]:
-    """Finished answers by seed, of a complete run or of the ranks of an interrupted one.
+    """Responses by seed: NAME.jsonl of a complete run, NAME.rank*.jsonl of an interrupted one.
 
-    What stands after the last line break was being written when the run was interrupted: dropped.
+    Raises:
+        InputError: a line that is no response.
     """
     kept = {}
     for file in (out / f"{name}.jsonl", *out.glob(f"{glob.escape(name)}.rank*.jsonl")):
-        lines = file.read_text().split("\n")[:-1] if file.exists() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                kept[row["seed"]] = row
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{file}:{number}: not an answer; remove {out} to start again") from error
+        if not file.exists():
+            continue
+        try:
+            records = read_records(file, interrupted=True)
+        except InputError as error:
+            raise InputError(f"{error}; remove {out} to start again") from error
+        for where, record in records:
+            if "seed" not in record:
+                raise InputError(f"{where}: not a response; remove {out} to start again")
+            kept[record["seed"]] = record
     return kept
 
 
-def answer_and_keep(
+def respond_and_keep(
     engine: Engine,
     tokenizer: PreTrainedTokenizerFast,
     questions: list[Question],
@@ -526,20 +294,25 @@ def answer_and_keep(
     config: EvalConfig,
     name: str,
 ) -> dict[str, Any]:
-    """Answer what is not yet on disk, keep each answer as it ends; the figures of all.
+    """Respond where no response is on disk yet, and keep each as it ends.
 
-    While it runs, rank r appends to NAME.rankR.jsonl; in the end rank 0 writes NAME.jsonl, in order.
-    `seconds` is when an answer ended, without the time between an interruption and its resumption.
+    While it runs, rank r appends to NAME.rankR.jsonl; in the end rank 0 writes NAME.jsonl, in order. The
+    `seconds` of a response are the time that the run has worked until it ended; a pause does not count.
+
+    Returns:
+        The figures of all responses.
     """
+    # The rollouts of an interrupted run, and its clock.
     out, rank = Path(config.out), rank_and_world()[0]
     kept = read_kept(out, name)
-    fields = ("response_ids", "steps", "num_tokens", "finish_reason", "seed")
-    known = {
-        seed: Rollout(prompt_ids=[], logprobs=[], hold_bounds=[], **{f: row[f] for f in fields})
-        for seed, row in kept.items()
-    }
-    seconds = {seed: row["seconds"] for seed, row in kept.items()}
+    known = {}
+    for seed, record in kept.items():
+        fields = {field: record[field] for field in KEPT}
+        known[seed] = Rollout(prompt_ids=[], logprobs=[], hold_bounds=[], **fields)
+    seconds = {seed: record["seconds"] for seed, record in kept.items()}
     start = time.perf_counter() - max(seconds.values(), default=0.0)
+
+    # Make the rest, behind the last complete line of this rank's file.
     part = out / f"{name}.rank{rank}.jsonl"
     if part.exists():
         os.truncate(part, part.read_bytes().rfind(b"\n") + 1)
@@ -547,99 +320,52 @@ def answer_and_keep(
 
         def keep(rollout: Rollout) -> None:
             seconds[rollout.seed] = time.perf_counter() - start
-            row = {f: getattr(rollout, f) for f in fields} | {"seconds": seconds[rollout.seed]}
-            file.write(json.dumps(row) + "\n")
+            record = {field: getattr(rollout, field) for field in KEPT}
+            file.write(json.dumps(record | {"seconds": seconds[rollout.seed]}) + "\n")
             file.flush()
-            rollout.logprobs, rollout.hold_bounds = [], []  # of no use here, and much to gather
+            rollout.logprobs, rollout.hold_bounds = [], []  # not needed here, and much to send
 
-        answers = answer_questions(
-            engine, tokenizer, questions, how, engine.block_size, config.samples, config.prompt,
-            config.seed, name.removeprefix("responses-"), known=known, done=keep,
+        graded = respond(
+            engine, tokenizer, questions, how, config.samples, config.prompt, config.seed,
+            title=name.removeprefix("responses-"), known=known, done=keep,
         )  # fmt: skip
+
+    # Merge the files of the ranks.
     for others in gather(seconds):
         seconds |= others
     if rank == 0:
-        complete = out / f"{name}.jsonl.part"
-        with writing(complete), open(complete, "w") as file:
-            for i, (question, group) in enumerate(zip(questions, answers, strict=True)):
-                for j, answer in enumerate(group):
-                    row = {"index": i, "sample": j} | answer_record(question, answer)
-                    row |= {"response_ids": answer.rollout.response_ids}
-                    file.write(json.dumps(row | {"seconds": seconds[answer.rollout.seed]}) + "\n")
-        complete.replace(out / f"{name}.jsonl")
-        for part in out.glob(f"{glob.escape(name)}.rank*.jsonl"):
-            part.unlink()
-    figures = full_summary(answers) | {"seconds": max(seconds.values())}
-    tokens = sum(a.rollout.num_tokens for group in answers for a in group)
+        write_responses(out, name, graded, seconds)
+    figures = full_summary(graded) | {"seconds": max(seconds.values())}
+    tokens = sum(g.rollout.num_tokens for group in graded for g in group)
     return figures | {"tokens_per_second": tokens / figures["seconds"]}
 
 
-# -------------------------------------------------------------------------------- comparing two runs
+def write_responses(out: Path, name: str, graded: list[list[Graded]], seconds: dict[int, float]) -> None:
+    """Write NAME.jsonl with all responses, in place of the files of the ranks."""
+    complete = out / f"{name}.jsonl.part"
+    with writing(complete), open(complete, "w") as file:
+        for index, group in enumerate(graded):
+            for sample, g in enumerate(group):
+                record = {"index": index, "sample": sample} | g.to_record()
+                record |= {"response_ids": g.rollout.response_ids, "seconds": seconds[g.rollout.seed]}
+                file.write(json.dumps(record) + "\n")
+    complete.replace(out / f"{name}.jsonl")
+    for part in out.glob(f"{glob.escape(name)}.rank*.jsonl"):
+        part.unlink()
 
 
-def compare(first: Path, second: Path) -> str:
-    """Accuracy of two finished runs on the same questions, Markdown, with a paired bootstrap.
-
-    Raises:
-        InputError: a run is not finished; no benchmark and rule in common, or its questions differ.
-    """
-    runs = []
-    for folder in (first, second):
-        if not (folder / "summary.json").exists():
-            raise InputError(f"{folder}: no finished evaluation (no summary.json)")
-        runs.append({f.stem.removeprefix("responses-"): f for f in folder.glob("responses-*.jsonl")})
-    common = sorted(runs[0].keys() & runs[1].keys())
-    if not common:
-        raise InputError(f"{first} and {second} have no benchmark and decoding rule in common")
-    rows = {}
-    for name in common:
-        a, b = (correct_by_question(run[name]) for run in runs)
-        if a.keys() != b.keys():
-            raise InputError(f"{runs[1][name]}: other questions than {runs[0][name]}")
-        rows[name] = [fmean(a[q]) for q in a], [fmean(b[q]) for q in a]
-    return report.comparison_table(str(first), str(second), rows)
-
-
-def correct_by_question(file: Path) -> dict[tuple[int, str, str], list[bool]]:
-    """Verdicts of the samples by (index, question, gold answer)."""
-    correct: dict[tuple[int, str, str], list[bool]] = {}
-    for where, row in read_rows(str(file)):
-        try:
-            correct.setdefault((row["index"], row["question"], row["gold"]), []).append(row["correct"])
-        except KeyError as error:
-            raise InputError(f"{where}: no {error} in this answer") from error
-    return correct
-
-
-# ----------------------------------------------------------------------------------------- the script
-
-
-def check_config(config: EvalConfig) -> None:
-    """Refuse values that make no sense, before anything is loaded."""
-    if min(config.samples, config.max_tokens, config.max_batch, len(config.rules)) < 1:
-        raise InputError("config keys samples, max_tokens, max_batch and rules: expected at least 1")
-    for name in ("denoising_steps", "temperature"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"config key {name}: expected more than 0")
-    for name in ("limit", "top_k", "top_p", "threshold", "block_size", "min_tokens"):
-        if not getattr(config, name) >= 0:
-            raise InputError(f"config key {name}: expected 0 or more")
-    if not all(threshold >= 0 for threshold in config.sweep):
-        raise InputError(f"config key sweep: {config.sweep}, expected thresholds of 0 or more")
-    if config.min_tokens > config.max_tokens:
-        raise InputError(f"config key min_tokens: {config.min_tokens} is more than max_tokens")
-    if len(config.compare) not in (0, 2):
-        raise InputError(f"config key compare: expected two run folders, found {len(config.compare)}")
+# ------------------------------------------------------------------------------ the script
 
 
 def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
-    """Questions by benchmark: by its name, or the file's without its ending.
+    """Questions, by the name of the benchmark or of the file without its ending.
 
     Raises:
-        InputError: not a name or file, or a list of them; a benchmark that is not there yet.
+        InputError: not a name or file, or a list of them; a benchmark that was not downloaded.
     """
     benchmarks: dict[str, list[Question]] = {}
-    for item in data if isinstance(data, list) and data else [data]:
+    items = data if isinstance(data, list) and data else [data]
+    for item in items:
         if not isinstance(item, str) or not item:
             raise InputError(f"config key data: {item}, expected files or names of benchmarks")
         path = Path("data/hub", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
@@ -647,18 +373,15 @@ def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
             raise InputError(f"config key data: no {path}: python data/download.py {item} fetches it")
         if path.stem in benchmarks:
             raise InputError(f"config key data: two files with the name {path.stem}")
-        questions = read_questions(str(path))
-        benchmarks[path.stem] = questions[: limit or len(questions)]
+        benchmarks[path.stem] = read_questions(str(path))[: limit or None]
     return benchmarks
 
 
-def decoding_rules(
-    config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion: bool
-) -> dict[str, Decoding]:
-    """What is measured, by name: every rule, or dynamic at every threshold of a sweep instead.
+def decodings(config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion: bool) -> dict[str, Decoding]:
+    """What is measured, by name: every rule; with a sweep, dynamic once per threshold in its place.
 
     Raises:
-        InputError: a banned token that is none, or a sweep with an autoregressive model.
+        InputError: a banned token that is not in the vocabulary; a sweep of an autoregressive model.
     """
     vocabulary = tokenizer.get_vocab()
     for token in config.banned:
@@ -669,9 +392,13 @@ def decoding_rules(
         if config.sweep:
             raise InputError(f"config key sweep: {config.model} is autoregressive and has no threshold")
         return {"autoregressive": how}
-    replace = dataclasses.replace
-    rules = {rule: replace(how, rule=rule) for rule in config.rules if rule != "dynamic" or not config.sweep}
-    return rules | {f"dynamic-{t:g}": replace(how, rule="dynamic", threshold=t) for t in config.sweep}
+    named = {}
+    for rule in config.rules:
+        if rule != "dynamic" or not config.sweep:
+            named[rule] = dataclasses.replace(how, rule=rule)
+    for threshold in config.sweep:
+        named[f"dynamic-{threshold:g}"] = dataclasses.replace(how, rule="dynamic", threshold=threshold)
+    return named
 
 
 def announce_demo(config: EvalConfig) -> None:
@@ -682,58 +409,50 @@ def announce_demo(config: EvalConfig) -> None:
     print(f"no arguments: evaluating {what} (--help lists the fields)")
 
 
-def main(argv: list[str]) -> None:
-    """Evaluate one checkpoint, or compare two runs."""
-    config = load_config(EvalConfig, argv, PROTOCOLS)
-    check_config(config)
-    if config.compare:
-        print(compare(*map(Path, config.compare)))
-        return
+def main(config: EvalConfig) -> None:
+    """Evaluate one checkpoint."""
     rank, _, _ = start_distributed("gloo")  # nothing large is exchanged, and it needs no GPU memory
-    if not argv:
+    if config == EvalConfig():
         announce_demo(config)
+
+    # What is asked, of whom, and how.
     benchmarks = read_benchmarks(config.data, config.limit)
     tokenizer, diffusion = load_tokenizer(config.model), is_block_diffusion(find_folder(config.model))
-    rules, out = decoding_rules(config, tokenizer, diffusion), Path(config.out)
+    named, out = decodings(config, tokenizer, diffusion), Path(config.out)
     claim_folder(out, config, benchmarks)
-    log = out / f"engine-rank{rank}.log"
-    engine = make_engine(config.model, tokenizer, config.block_size, config, log)
-    results: Results = {rule: {} for rule in rules}
-    for (rule, how), (name, questions) in product(rules.items(), benchmarks.items()):
-        file = f"responses-{name}-{rule}"
-        results[rule][name] = answer_and_keep(engine, tokenizer, questions, how, config, file)
+    engine = make_engine(config.model, tokenizer, config.block_size, config, out / f"engine-rank{rank}.log")
+
+    # Every benchmark under every decoding.
+    results: Results = {label: {} for label in named}
+    for label, how in named.items():
+        for name, questions in benchmarks.items():
+            file = f"responses-{name}-{label}"
+            results[label][name] = respond_and_keep(engine, tokenizer, questions, how, config, file)
     engine.close()
     if rank == 0:
         write_report(config, results)
 
 
 def name_protocol(config: EvalConfig) -> str:
-    """The protocol, and every field of it that was given another value: then it is not quite that one."""
-    wanted = PROTOCOLS[config.protocol] | {"limit": 0}
+    """The name of the protocol, with the fields that were given another value than its own."""
+    wanted = PROTOCOLS[config.protocol] | {"limit": 0}  # no protocol leaves questions out
     changed = [f"{n}={getattr(config, n)}" for n, value in wanted.items() if getattr(config, n) != value]
-    return config.protocol + (f" but for {', '.join(changed)}" if changed else "")
+    return config.protocol + (f" except for {', '.join(changed)}" if changed else "")
 
 
 def write_report(config: EvalConfig, results: Results) -> None:
     """Write summary.json, table.md and sweep.png, and print the table."""
-    out, model = Path(config.out), config.model
-    config.model = str(find_folder(config.model))
-    means = {rule: report.average(list(figures.values())) for rule, figures in results.items()}
-    rows = {f"{name}, {rule}": f for rule, figures in results.items() for name, f in figures.items()}
-    several = len(rows) > len(means)
-    tables = [table(rows | {f"mean, {rule}": f for rule, f in means.items()} if several else means)]
-    if any(name in BENCHMARKS for figures in results.values() for name in figures):
-        tables.append(report.published_table(model, name_protocol(config), results))
-    text = "\n\n".join(tables) + "\n"
+    out = Path(config.out)
+    text, means = report.tables(config.model, name_protocol(config), results)
     with writing(out / "table.md"):
         (out / "table.md").write_text(text)
     if config.sweep:
-        report.draw_sweep(out / "sweep.png", config.sweep, results)
-    summary = {"config": dataclasses.asdict(config), **means, "benchmarks": results}
-    write_json(out / "summary.json", summary)
+        report.plot_sweep(out / "sweep.png", config.sweep, results)
+    settings = dataclasses.asdict(config) | {"model": str(find_folder(config.model))}
+    write_json(out / "summary.json", {"config": settings, **means, "benchmarks": results})
     print(text)
     print(f"wrote {out}/summary.json, table.md and the responses beside them")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, CONFIG)

@@ -2,8 +2,9 @@
 
 A block-diffusion model decides the tokens of a block over several denoising steps. To score those
 decisions exactly, each must be seen as the decoder saw it: the block with the tokens of earlier
-steps known and the rest masked, over the *clean* earlier blocks. Instead of running the network once
-per round on [noisy | clean] (2L tokens each, as BD3-LM and DiRL do), every sequence is laid out once:
+steps known and the rest masked, over the *clean* earlier blocks. BD3-LM and DiRL run the network up to B
+times on [noisy | clean], 2L tokens each: in pass k every block stands as it was before its k-th step.
+Here every sequence is laid out once:
 
     clean copy   all L tokens                                                            view 0
     views        B tokens per (block, step) that happened, still-unknown tokens masked   view 1, 2, ...
@@ -18,7 +19,7 @@ with the absolute positions of the originals. Who sees whom is one rule, `visibl
 A trajectory costs L + R * B / TPF tokens instead of B * 2L (R response tokens, TPF tokens per
 forward). The same layout serves SFT, where the views are drawn by noise instead of by a step map.
 
-    python masking.py            # draws a small example to masking.png
+    python masking.py            # plots a small example to masking.png
 
 Sources: BD3-LM (arXiv 2503.09573) for block diffusion and its noise, DiRL (2512.22234) and TraceRL
 (2509.06949) for replaying step maps, FlexAttention (2412.05496) for BlockMask.
@@ -26,34 +27,35 @@ Sources: BD3-LM (arXiv 2503.09573) for block diffusion and its noise, DiRL (2512
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import heapq
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from plumbing import report
+from plumbing.balance import plan_packs
+from plumbing.kernels import tiles_of_ranges
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from rollout import Rollout
-
 TILE = 128  # queries and keys of a FlexAttention tile
-HOLD = -1  # the target of a row whose action was to hold: keep the mask, throw the draw away
+HOLD = -1  # the target where the action was to hold: keep the mask, throw the draw away
 
 
-class InputError(ValueError):
-    """Bad input from the user. Scripts print it as one line and exit with code 2."""
+# ----------------------------------------------------------------------- the row and its rule
 
 
 @dataclass
 class Packed:
-    """Sequences in one row of N tokens, and the M rows (positions in it) to score.
+    """Sequences in one row of N tokens, and the M positions in it to score.
 
     Every sequence is its clean copy followed by its views in block order, so the row falls into
-    groups of `block_size` neighbours that see each other; N is a multiple of `block_size`.
+    segments of `block_size` neighbours that see each other: a clean block or a view. N is a multiple of
+    `block_size`.
     """
 
     ids: torch.Tensor  # [N] token ids, mask id where a view does not know the token yet
@@ -61,11 +63,12 @@ class Packed:
     sequence: torch.Tensor  # [N] which sequence of this row
     block: torch.Tensor  # [N] positions // block_size
     view: torch.Tensor  # [N] 0 = clean copy, otherwise unique in the row
-    rows: torch.Tensor  # [M] index into N of the rows that the LM head scores
+    scored: torch.Tensor  # [M] index into N of the positions that the LM head scores
     targets: torch.Tensor  # [M] the token revealed there, or HOLD
     bounds: torch.Tensor  # [M] a hold: draws whose probability is below this were thrown away
-    weights: torch.Tensor  # [M] weight of the row in the loss
-    trajectory: torch.Tensor  # [M] index of the sequence in the list that was packed
+    weights: torch.Tensor  # [M] weight of the action in the loss
+    advantages: torch.Tensor  # [M] advantage of the action (DiPO)
+    source: torch.Tensor  # [M] index of the sequence in the list given to `pack`
     engine_logprobs: torch.Tensor  # [M] log-probability at reveal by the rollout engine, else nan
     block_size: int
 
@@ -80,14 +83,17 @@ class Packed:
 
 
 def visible(q_sequence, q_block, q_view, kv_sequence, kv_block, kv_view):
-    """The visibility rule of the module docstring, for ints or broadcastable integer tensors."""
+    """The visibility rule of the module docstring, for ints or integer tensors.
+
+    Returns booleans of the shape that its arguments broadcast to: does q see kv?
+    """
     clean_kv = (kv_view == 0) & ((kv_block < q_block) | ((kv_block == q_block) & (q_view == 0)))
     same_view = (kv_view == q_view) & (q_view != 0)
     return (q_sequence == kv_sequence) & (clean_kv | same_view)
 
 
 def dense_mask(packed: Packed) -> torch.Tensor:
-    """[N, N] boolean mask, True where row (query) sees column (key). For CPUs and for tests."""
+    """[N, N] boolean mask, True where query i sees key j at [i, j]. For CPUs and for tests."""
     tags = (packed.sequence, packed.block, packed.view)
     return visible(*(t[:, None] for t in tags), *(t[None, :] for t in tags))
 
@@ -95,7 +101,11 @@ def dense_mask(packed: Packed) -> torch.Tensor:
 def padded(packed: Packed, multiple: int = TILE) -> Packed:
     """The same row, filled up to a multiple of `multiple` tokens with a sequence of its own.
 
-    Nobody else sees it and no row of it is scored. Whole tiles need no check of their borders.
+    Nobody else sees that sequence and nothing of it is scored. FlexAttention then skips its checks of
+    the borders.
+
+    Args:
+        multiple: of tokens; of the block size too.
     """
     spare = -len(packed) % multiple
     filler = torch.arange(spare, device=packed.ids.device)
@@ -106,74 +116,62 @@ def padded(packed: Packed, multiple: int = TILE) -> Packed:
         "block": filler // packed.block_size,
         "view": torch.zeros_like(filler),
     }
-    return dataclasses.replace(packed, **{k: torch.cat([getattr(packed, k), t]) for k, t in tail.items()})
+    filled = {}
+    for name, more in tail.items():
+        filled[name] = torch.cat([getattr(packed, name), more])
+    return dataclasses.replace(packed, **filled)
 
 
 def block_mask(packed: Packed, tile: int = TILE) -> BlockMask:
     """FlexAttention's BlockMask, built per tile of `tile` x `tile` without an N x N tensor.
 
-    In a row as `Packed` lays it out, what a token sees is two ranges of neighbours: clean tokens from
-    the start of its sequence on, and its own group. Ranges make the rule two comparisons, and say
-    exactly which tiles are empty, full or partial: per tile of queries, how many ranges touch a tile
-    of keys, and how many cover it, are sums over where ranges begin and end. O(N + tiles^2) time and
-    memory, on the row's device, without waiting for it. Source: FlexAttention (arXiv 2412.05496), 4.
+    In a row as `Packed` lays it out, a token sees two ranges of neighbours: clean tokens from the start of
+    its sequence on, and its own segment. With ranges the rule for a pair is begin <= j < end, and the ends
+    alone say which tiles are empty, full or partial (`kernels.tiles_of_ranges`): O(N + tiles^2) time and
+    memory, on the row's device, without waiting for it. Source: FlexAttention (arXiv 2412.05496), section 4.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    n, group, device = len(packed), packed.block_size, packed.ids.device
-    num_tiles = -(-n // tile)
+    n, b, device = len(packed), packed.block_size, packed.ids.device
     index = torch.arange(n, device=device)
+
+    # [N] where a token's sequence begins: sequence 0 0 0 1 1 -> 0 0 0 3 3. (Token 0 is compared with the
+    # last one, which does not matter: it begins at 0 either way.)
     new_sequence = packed.sequence != packed.sequence.roll(1)
-    start = torch.where(new_sequence, index, 0).cummax(0).values  # [N] where its sequence starts
-    end = (start + (packed.block + (packed.view == 0)) * group).clamp(max=n)  # [N] of the clean range
-    own = index // group * group  # [N] start of the own group; a clean one is in the clean range
+    begin = torch.where(new_sequence, index, 0).cummax(0).values
 
-    def count(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """[tiles, tiles]: how many tokens of a query tile have the key tile in [first, last)."""
-        edges = torch.zeros(num_tiles * (num_tiles + 1), dtype=torch.int32, device=device)
-        row, one = index // tile * (num_tiles + 1), torch.ones_like(index, dtype=torch.int32)
-        edges.index_add_(0, row + first, one)
-        edges.index_add_(0, row + torch.maximum(first, last), -one)
-        return edges.view(num_tiles, -1).cumsum(1, dtype=torch.int32)[:, :-1]
+    # [N] the end of its clean range. Block 2, b = 4: a view's is at begin + 8, a clean token's, which sees
+    # its own block too, at begin + 12. The clamp is for the sequence that `padded` adds.
+    end = (begin + (packed.block + (packed.view == 0)) * b).clamp(max=n)
 
-    def up(t: torch.Tensor) -> torch.Tensor:
-        return (t + tile - 1) // tile
+    # [N] its own segment. A clean token has it in the clean range already, and ranges must not overlap.
+    own = index // b * b
+    own_end = torch.where(packed.view == 0, own, own + b)
+    begin32, end32 = begin.to(torch.int32), end.to(torch.int32)
 
-    own_end = torch.where(packed.view == 0, own, own + group)
-    last = torch.where(end > start, up(end), 0)
-    some = (count(start // tile, last) + count(own // tile, up(own_end))) > 0
-    full = (count(up(start), end // tile) + count(up(own), own_end // tile)) == tile
+    def mask_mod(batch, head, i, j):
+        return ((begin32[i] <= j) & (j < end32[i])) | (i // b == j // b)
 
-    def listed(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(how many, which) key tiles per query tile, as FlexAttention wants them: [1, 1, ...]."""
-        count = tiles.sum(-1, dtype=torch.int32)
-        order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        return count[None, None], order.to(torch.int32)[None, None]
+    return tiles_of_ranges([(begin, end), (own, own_end)], mask_mod, tile)  # (first, one past the last)
 
-    start, end = start.to(torch.int32), end.to(torch.int32)
 
-    def mask_mod(b, h, i, j):
-        return ((start[i] <= j) & (j < end[i])) | (i // group == j // group)
-
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full), BLOCK_SIZE=tile, mask_mod=mask_mod, seq_lengths=(n, n)
-    )
+# ------------------------------------------------------------------------ laying out a row
 
 
 @dataclass
 class Views:
-    """One sequence with the V views of it that are to be scored. Numpy arrays."""
+    """One sequence with the K views of it that are to be scored. Numpy arrays."""
 
     ids: np.ndarray  # [L] the clean tokens, L a multiple of the block size
-    block: np.ndarray  # [V] which block each view shows, ascending
-    masked: np.ndarray  # [V, B] what the view does not know
-    scored: np.ndarray  # [V, B] which of those are scored
-    targets: np.ndarray  # [V, B] token id or HOLD
-    bounds: np.ndarray  # [V, B]
-    weights: np.ndarray  # [V, B]
-    engine_logprobs: np.ndarray  # [V, B]
+    block: np.ndarray  # [K] which block each view shows, ascending
+    masked: np.ndarray  # [K, B] whether the view does not know the token
+    is_scored: np.ndarray  # [K, B] whether an action there is scored
+    targets: np.ndarray  # [K, B] as in Packed, and so the next four
+    bounds: np.ndarray  # [K, B]
+    weights: np.ndarray  # [K, B]
+    advantages: np.ndarray  # [K, B]
+    engine_logprobs: np.ndarray  # [K, B]
 
-    def __len__(self) -> int:
+    @property
+    def num_tokens(self) -> int:
         """Tokens in the packed row: the clean copy and the views."""
         return self.ids.size + self.masked.size
 
@@ -185,103 +183,93 @@ def pack(
     token_budget: int,
     plan: list[list[int]] | None = None,
 ) -> list[Packed]:
-    """Lay sequences out in rows of at most `token_budget` tokens.
+    """Lay sequences out in rows of at most `token_budget` tokens; a longer sequence gets its own row.
 
     Args:
-        plan: the rows as lists of indices into `sequences`, else by `plan_packs`. An empty one becomes
-            a single block that scores nothing: its rank only keeps step with the others.
+        plan: indices into `sequences` for every row, whatever the budget; None: `plan_packs` makes it. A
+            list without indices becomes a row of one block that is not scored, for a rank that has to run
+            as many rows as the others.
     """
-    rows = plan_packs([len(s) for s in sequences], token_budget) if plan is None else plan
-    idle = [(0, blank(block_size, mask_id))]
-    return [_lay_out([(i, sequences[i]) for i in row] or idle, block_size, mask_id) for row in rows]
-
-
-def plan_packs(sizes: list[int], token_budget: int) -> list[list[int]]:
-    """Cut sequences of the given sizes (tokens) into rows: lists of indices.
-
-    Sequences are taken from long to short, so neighbours in a row have similar lengths, and a row is
-    closed when the next one does not fit; one larger than the budget gets a row of its own.
-    """
-    plan, used = [], token_budget
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        if not plan or used + sizes[i] > token_budget:
-            plan.append([])
-            used = 0
-        plan[-1].append(i)
-        used += sizes[i]
-    return plan
-
-
-def plan_ranks(sizes: list[int], token_budget: int, ranks: int) -> list[list[list[int]]]:
-    """Deal sequences out to ranks that run in step: plan[rank][row] lists indices into `sizes`.
-
-    Every rank gets the same number of rows, the least that keeps rows within the budget (a sequence
-    larger than that stands alone), and the k-th rows of all ranks are of similar size, since no rank
-    leaves a layer before the slowest one has sent its share of the weights. Longest first, each
-    sequence goes to the row that is shortest so far (LPT, Graham 1969); the rows go to the ranks in
-    order of size, the largest of each round to the rank with the least so far. A row is empty only
-    if there are fewer sequences than rows. The same sizes give the same plan on every rank.
-    """
-    if ranks == 1:
-        return [plan_packs(sizes, token_budget)]
-    order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
-    least = -(-sum(min(size, token_budget) for size in sizes) // (token_budget * ranks))
-    per_rank, fits = max(least, 1) - 1, False
-    while not fits:
-        per_rank += 1
-        rows: list[list[int]] = [[] for _ in range(per_rank * ranks)]
-        loads = [(0, row) for row in range(len(rows))]  # a heap
-        for i in order:
-            load, row = loads[0]
-            rows[row].append(i)
-            heapq.heapreplace(loads, (load + sizes[i], row))
-        fits = all(load <= token_budget or len(rows[row]) == 1 for load, row in loads)
-    loads.sort(key=lambda item: (-item[0], item[1]))
-    plan: list[list[list[int]]] = [[] for _ in range(ranks)]
-    so_far = [0] * ranks
-    for start in range(0, len(loads), ranks):
-        lightest = sorted(range(ranks), key=lambda rank: (so_far[rank], rank))
-        for rank, (load, row) in zip(lightest, loads[start : start + ranks], strict=True):
-            plan[rank].append(rows[row])
-            so_far[rank] += load
-    return plan
+    if plan is None:
+        plan = plan_packs([views.num_tokens for views in sequences], token_budget)
+    rows = []
+    for members in plan:
+        numbered = [(index, sequences[index]) for index in members]
+        rows.append(_lay_out(numbered or [(0, blank(block_size, mask_id))], block_size, mask_id))
+    return rows
 
 
 def _lay_out(sequences: list[tuple[int, Views]], block_size: int, mask_id: int) -> Packed:
-    """One row from (index, views) pairs: clean copy, views, next clean copy, views, ..."""
-    parts: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(Packed)[:-1]}
+    """One row from (index in the list, views) pairs: clean copy, views, next clean copy, views, ...
+
+    A sequence [a b c d e f] in blocks of 2 with two views of block 2, of which the first knows nothing and
+    the second knows e:
+
+        ids         a b c d e f   _ _   e _
+        positions   0 1 2 3 4 5   4 5   4 5
+        block       0 0 1 1 2 2   2 2   2 2
+        view        0 0 0 0 0 0   1 1   2 2
+    """
+    names = [f.name for f in dataclasses.fields(Packed) if f.name != "block_size"]
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     offset, views_so_far = 0, 0
-    for number, (index, s) in enumerate(sequences):
-        clean = np.arange(s.ids.size)
-        shown = s.block[:, None] * block_size + np.arange(block_size)  # [V, B] positions
-        where = np.flatnonzero(s.scored)  # row by row: views in order, positions left to right
-        unique_view = views_so_far + 1 + np.arange(len(s.block))
-        positions = np.concatenate([clean, shown.ravel()])
-        noisy = np.where(s.masked, mask_id, s.ids[shown]).ravel()
-        parts["ids"].append(np.concatenate([s.ids, noisy]))
+    for in_row, (in_list, views) in enumerate(sequences):
+        # What stands where: the clean copy, then block after block as its views show it.
+        original = np.arange(views.ids.size)
+        of_views = views.block[:, None] * block_size + np.arange(block_size)  # [K, B] positions
+        positions = np.concatenate([original, of_views.ravel()])
+        noisy = np.where(views.masked, mask_id, views.ids[of_views]).ravel()
+        numbers = views_so_far + 1 + np.arange(len(views.block))  # [K]
+        parts["ids"].append(np.concatenate([views.ids, noisy]))
         parts["positions"].append(positions)
-        parts["sequence"].append(np.full(positions.size, number))
+        parts["sequence"].append(np.full(positions.size, in_row))
         parts["block"].append(positions // block_size)
-        parts["view"].append(np.concatenate([0 * clean, np.repeat(unique_view, block_size)]))
-        parts["rows"].append(offset + s.ids.size + where)
-        parts["trajectory"].append(np.full(where.size, index))
-        for name in ("targets", "bounds", "weights", "engine_logprobs"):
-            parts[name].append(getattr(s, name).ravel()[where])
+        parts["view"].append(np.concatenate([np.zeros_like(original), np.repeat(numbers, block_size)]))
+
+        # What is scored of it: views in order, positions from left to right.
+        where = np.flatnonzero(views.is_scored)
+        parts["scored"].append(offset + original.size + where)
+        parts["source"].append(np.full(where.size, in_list))
+        for name in ("targets", "bounds", "weights", "advantages", "engine_logprobs"):
+            parts[name].append(getattr(views, name).ravel()[where])
         offset += positions.size
-        views_so_far += len(s.block)
-    dtypes = {"bounds": np.float32, "weights": np.float32, "engine_logprobs": np.float32}
-    joined = {
-        name: torch.from_numpy(np.concatenate(arrays).astype(dtypes.get(name, np.int64)))
-        for name, arrays in parts.items()
-    }
+        views_so_far += len(views.block)
+
+    # Four fields are float32, the others int64.
+    floats = ("bounds", "weights", "advantages", "engine_logprobs")
+    joined = {}
+    for name, arrays in parts.items():
+        dtype = np.float32 if name in floats else np.int64
+        joined[name] = torch.from_numpy(np.concatenate(arrays).astype(dtype))
     return Packed(**joined, block_size=block_size)
 
 
-def replay(rollout: Rollout, block_size: int, weight: float, exact: bool = False) -> Views:
-    """The views that a rollout's decoder saw, one per (block, denoising step) that happened.
+# --------------------------------------------------------------------- two sources of views
 
-    At a step the revealed tokens are scored; with `exact`, so are the masked positions that held
-    (design: every masked position takes one action, reveal or hold). Example, block size 4:
+
+@dataclass
+class Trajectory:
+    """How a response came about: its tokens, and at which denoising step each was revealed."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # [R]; prompt and response together are whole blocks
+    steps: list[int]  # [R] the step map: at which denoising step each token was revealed, counted from 1
+    # through the whole response, so that no two blocks share a number
+    logprobs: list[float]  # [R] the engine's log g of each token at the moment of its reveal
+    hold_bounds: list[float]  # [R] in that token's step, draws less probable than this were held
+
+
+def replay(
+    trajectory: Trajectory,
+    block_size: int,
+    weight: float,
+    exact: bool = False,
+    advantage: float = 0.0,
+) -> Views:
+    """The views that a decoder saw, one per (block, denoising step) that happened.
+
+    At a step the revealed tokens are scored; with `exact`, so are the masked positions that held:
+    every masked position takes one action, reveal or hold. Example, block size 4:
 
         prompt [5 6], response [7 8 9 1 2 3], steps [1 2 3 3 4 3], mask _
         block 0, step 1: 5 6 _ _   reveals 7, holds one
@@ -290,34 +278,43 @@ def replay(rollout: Rollout, block_size: int, weight: float, exact: bool = False
         block 1, step 4: 9 1 _ 3   reveals 2
 
     Args:
-        rollout: whole blocks; len(prompt_ids) + len(response_ids) is a multiple of block_size.
-        weight: weight of each of its rows in the loss.
+        weight, advantage: in the loss, the same for every action of the trajectory.
+
+    Raises:
+        ValueError: the trajectory is not whole blocks.
     """
-    prompt = len(rollout.prompt_ids)
-    ids = np.array(rollout.prompt_ids + rollout.response_ids)
+    prompt = len(trajectory.prompt_ids)
+    ids = np.array(trajectory.prompt_ids + trajectory.response_ids)
     if ids.size % block_size:
         raise ValueError(f"a trajectory of {ids.size} tokens is not whole blocks of {block_size}")
+
+    # The record by position; the prompt was revealed at step 0, before everything.
     steps, bounds, logprobs = np.zeros(ids.size, int), np.zeros(ids.size), np.zeros(ids.size)
-    steps[prompt:] = rollout.steps
-    bounds[prompt:] = rollout.hold_bounds
-    logprobs[prompt:] = rollout.logprobs
-    generated = np.arange(prompt, ids.size)
-    happened, first = np.unique(
-        np.stack([generated // block_size, steps[prompt:]]), axis=1, return_index=True
-    )
-    block, step = happened  # [V], ordered by block, then step
-    shown = block[:, None] * block_size + np.arange(block_size)
-    masked = steps[shown] >= step[:, None]
-    revealed = steps[shown] == step[:, None]
+    steps[prompt:] = trajectory.steps
+    bounds[prompt:] = trajectory.hold_bounds
+    logprobs[prompt:] = trajectory.logprobs
+
+    # A view per (block, step) that happened, in order; `first` finds one token of each. In the example
+    # [[0 0 1 1 1 1], [1 2 3 3 4 3]] has the different columns block 0 0 1 1, step 1 2 3 4, first 0 1 2 4.
+    blocks = np.arange(prompt, ids.size) // block_size
+    columns, first = np.unique(np.stack([blocks, steps[prompt:]]), axis=1, return_index=True)
+    block, step = columns  # [K] each
+    bound = bounds[prompt + first]  # [K], since all tokens of a step have the same one
+
+    # In a view, the tokens of its own step and of later ones are masked.
+    at = block[:, None] * block_size + np.arange(block_size)  # [K, B] positions
+    masked = steps[at] >= step[:, None]
+    revealed = steps[at] == step[:, None]
     return Views(
         ids=ids,
         block=block,
         masked=masked,
-        scored=masked if exact else revealed,
-        targets=np.where(revealed, ids[shown], HOLD),
-        bounds=np.broadcast_to(bounds[generated[first]][:, None], shown.shape),
-        weights=np.full(shown.shape, weight),
-        engine_logprobs=np.where(revealed, logprobs[shown], np.nan),
+        is_scored=masked if exact else revealed,
+        targets=np.where(revealed, ids[at], HOLD),
+        bounds=np.broadcast_to(bound[:, None], at.shape),
+        weights=np.full(at.shape, weight),
+        advantages=np.full(at.shape, advantage),
+        engine_logprobs=np.where(revealed, logprobs[at], np.nan),
     )
 
 
@@ -342,104 +339,82 @@ def noise(
     Args:
         ids: prompt and response, whole blocks (a multiple of block_size).
         prompt_tokens: how many of them are the prompt, never masked.
+        per: what shares one t, "sequence" or "block".
         views: how many noised copies of each block; even if complementary.
     """
+    # Masks and their rates, one of each per noised copy of the sequence: [blocks, B].
     num_blocks = len(ids) // block_size
-    clean = np.array(ids).reshape(num_blocks, block_size)
+    tokens = np.array(ids).reshape(num_blocks, block_size)
     response = (np.arange(len(ids)) >= prompt_tokens).reshape(num_blocks, block_size)
     masks, rates = [], []
     for _ in range(views // 2 if complementary else views):
         t = rng.uniform(t_min, 1 - t_min, size=(num_blocks, 1) if per == "block" else (1, 1))
-        mask = (rng.random(clean.shape) < t) & response
+        mask = (rng.random(tokens.shape) < t) & response
+        rate = np.broadcast_to(t, tokens.shape)
         masks.append(mask)
-        rates.append(np.broadcast_to(t, clean.shape))
+        rates.append(rate)
         if complementary:
             masks.append(response & ~mask)
-            rates.append(1 - rates[-1])
+            rates.append(1 - rate)
+
+    # The copies of a block become its views, if anything in them is masked.
     masked = np.stack(masks, 1)  # [blocks, views, B]
     rate = np.stack(rates, 1)
     happened = masked.any(-1)
-    block = np.nonzero(happened)[0]
-    masked = masked[happened]  # [V, B]
+    block = np.nonzero(happened)[0]  # [K]
+    masked = masked[happened]  # [K, B]
     return Views(
-        ids=clean.ravel(),
+        ids=tokens.ravel(),
         block=block,
         masked=masked,
-        scored=masked,
-        targets=clean[block],
+        is_scored=masked,
+        targets=tokens[block],
         bounds=np.zeros(masked.shape),
         weights=1 / (rate[happened] * views),
+        advantages=np.zeros(masked.shape),
         engine_logprobs=np.full(masked.shape, np.nan),
     )
 
 
 def blank(block_size: int, mask_id: int) -> Views:
     """One block without a view: it goes through the network, and nothing of it is scored."""
-    none = np.zeros((0, block_size))
-    ids = np.full(block_size, mask_id)
-    return Views(ids, np.zeros(0, int), none > 0, none > 0, none, none, none, none)
+    rollout = Trajectory([mask_id] * block_size, [], [], [], [])
+    return replay(rollout, block_size, weight=0.0)
 
 
-def draw(packed: Packed, labels: list[str], path: str) -> None:
-    """Draw who sees whom in a small packed row to a PNG. `labels`: N short token names."""
-    import matplotlib
+# ---------------------------------------------------------------------------- the picture
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
 
+def plot(packed: Packed, labels: list[str], path: str) -> None:
+    """Plot who sees whom in a small packed row to a PNG. `labels`: N short token names."""
+    # A square per pair, coloured by the line of the rule that makes it visible: 1 clean sees clean,
+    # 2 a view sees clean, 3 a view sees itself, 0 none does.
     seen, clean = dense_mask(packed).numpy(), (packed.view == 0).numpy()
-    colour = np.where(seen, np.where(clean[None, :], np.where(clean[:, None], 1, 2), 3), 0)
-    figure, axes = plt.subplots(figsize=(11, 11.6))
-    palette = ["#f4f4f4", "#4878a8", "#8fbf7f", "#e08a3c"]
-    axes.imshow(colour, cmap=ListedColormap(palette), vmin=0, vmax=3)
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.xaxis.tick_top()
-    tags = torch.stack([packed.sequence, packed.view, packed.block], 1).numpy()
-    for i in range(1, len(labels)):
-        if (tags[i] != tags[i - 1]).any():
-            new_segment = (tags[i, :2] != tags[i - 1, :2]).any()
-            for line in (axes.axhline, axes.axvline):
-                line(i - 0.5, color="black" if new_segment else "white", lw=0.8)
-    starts = [0] + [i for i in range(1, len(labels)) if (tags[i, :2] != tags[i - 1, :2]).any()]
-    for start, end in zip(starts, starts[1:] + [len(labels)], strict=True):
-        s, v, b = tags[start]
-        name = f"sequence {s}: clean copy" if v == 0 else f"view {v} (block {b})"
-        axes.text(len(labels) - 0.2, (start + end - 1) / 2, name, va="center", fontsize=9)
-    for row in packed.rows.tolist():
-        axes.get_yticklabels()[row].set_color("#c03030")
-        axes.get_yticklabels()[row].set_fontweight("bold")
-    names = ["not visible", "clean sees clean: block(kv) <= block(q)"]
-    names += ["view sees clean: block(kv) < block(q)", "view sees itself"]
-    axes.legend(
-        handles=[Patch(facecolor=c, edgecolor="grey", label=n) for c, n in zip(palette, names, strict=True)],
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.01),
-        ncol=4,
-        frameon=False,
-        fontsize=9,
+    query_is_clean, key_is_clean = clean[:, None], clean[None, :]
+    lines = [query_is_clean & key_is_clean, ~query_is_clean & key_is_clean, ~key_is_clean]
+    colour = np.select([seen & line for line in lines], [1, 2, 3])
+    tags = zip(packed.sequence.tolist(), packed.view.tolist(), packed.block.tolist(), strict=True)
+    report.plot_row(colour, list(tags), labels, packed.scored.tolist(), path)
+
+
+def main() -> None:
+    """Plot two small trajectories in one row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    axes.set_title(
-        "One packed row: each sequence once clean, then one view per (block, denoising step).\n"
-        "Rows are queries, columns keys; _ is the mask token; red rows are scored by the LM head.",
-        fontsize=11,
-        pad=12,
-    )
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+    parser.add_argument("picture", nargs="?", default="masking.png", help="PNG to write")
+    path = parser.parse_args().picture
+    four, six = ({"logprobs": [0.0] * n, "hold_bounds": [1.0] * n} for n in (4, 6))
+    trajectories = [
+        Trajectory([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [1, 2, 3, 3, 4, 3], **six),
+        Trajectory([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1], **four),
+    ]
+    (row,) = pack([replay(t, 4, weight=1.0) for t in trajectories], 4, mask_id=0, token_budget=99)
+    letters = "_abcdefghijkl"  # token 0 is the mask
+    names = [letters[i] for i in row.ids.tolist()]
+    plot(row, names, path)
+    print(f"{len(row)} tokens, {len(row.scored)} positions to score, plotted to {path}")
 
 
 if __name__ == "__main__":
-    from rollout import Rollout
-
-    examples = [
-        Rollout.of(prompt_ids=[1, 2, 3, 4, 5, 6], response_ids=[7, 8, 9, 10, 11, 12]),
-        Rollout.of(prompt_ids=[1, 2, 3, 4], response_ids=[5, 6, 7, 8]),
-    ]
-    examples[0].steps, examples[1].steps = [1, 2, 3, 3, 4, 3], [1, 1, 1, 1]
-    (row,) = pack([replay(r, 4, weight=1.0) for r in examples], 4, mask_id=0, token_budget=99)
-    names = [chr(ord("a") + i - 1) if i else "_" for i in row.ids.tolist()]
-    output = sys.argv[1] if len(sys.argv) > 1 else "masking.png"
-    draw(row, names, output)
-    print(f"{len(row)} tokens, {len(row.rows)} rows to score, drawn to {output}")
+    main()

@@ -50,11 +50,11 @@ def tile_counts(packed: Packed, tile: int = TILE) -> dict[str, float]:
     i = torch.arange(n, device=packed.ids.device)
     partial, full, empty = (int(mask.kv_num_blocks.sum()), int(mask.full_kv_num_blocks.sum()), 0)
     for query, count in enumerate(mask.kv_num_blocks[0, 0].tolist()):
-        rows = i[query * tile : (query + 1) * tile]
+        queries = i[query * tile : (query + 1) * tile]
         keys = (mask.kv_indices[0, 0, query, :count, None] * tile + i[:tile]).clamp(
             max=n - 1
         )  # [count, tile]
-        seen = mask.mask_mod(0, 0, rows[:, None, None], keys[None])
+        seen = mask.mask_mod(0, 0, queries[:, None, None], keys[None])
         empty += count - int(seen.any(0).any(-1).sum())
     return {"all": mask.kv_indices.shape[-1] ** 2, "full": full, "partial": partial, "empty": empty}
 
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
         flex = f"{flex_milliseconds(row):.2f}" if device == "cuda" else "-"
         cells = [
             f"{len(row):,}",
-            str(int(row.sequence.max())),
+            str(1 + int(row.sequence[row.scored].max())),  # without the one that pads
             f"{build:.2f}",
             f"{visited / tiles['all']:.1%}",
         ]

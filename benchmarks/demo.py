@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evaluate import table, write_json  # noqa: E402
+from plumbing.common import read_records, write_json  # noqa: E402
+from plumbing.report import table  # noqa: E402
 
 QUICK = {
     "sft": ["steps=6", "batch_size=32", "eval_every=3", "eval_limit=20"],
@@ -40,13 +41,13 @@ def run(*command: str) -> None:
         sys.exit(code)
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def read_metrics(run_folder: Path) -> list[dict]:
+    """What a run logged, step by step."""
+    return [record for _, record in read_records(run_folder / "metrics.jsonl")]
 
 
-def draw_curves(out: Path) -> None:
-    """SFT in the left column, DiPO in the right one, to curves.png."""
+def plot_curves(out: Path) -> None:
+    """Plot SFT in the left column, DiPO in the right one, to curves.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,22 +57,23 @@ def draw_curves(out: Path) -> None:
     sampled = {"accuracy": "accuracy", "tpf": "tpf", "tokens": "response_tokens"}
     titles = ("accuracy", "tokens per forward", "response tokens")
     for column, stage in enumerate(("sft", "dipo")):
-        rows = read_metrics(out / stage / "metrics.jsonl")
-        steps = [r["step"] for r in rows]
+        metrics = read_metrics(out / stage)
+        steps = [m["step"] for m in metrics]
         for (name, column_name), title, (left, right) in zip(sampled.items(), titles, axes, strict=False):
             axis = (left, right)[column]
-            points = [(r["step"], r[f"eval/{name}"]) for r in rows if f"eval/{name}" in r]
+            points = [(m["step"], m[f"eval/{name}"]) for m in metrics if f"eval/{name}" in m]
             if stage == "dipo":
-                axis.plot(steps, [r[column_name] for r in rows], lw=0.8, c="grey", label="rollouts, sampled")
+                values = [m[column_name] for m in metrics]
+                axis.plot(steps, values, lw=0.8, c="grey", label="rollouts, sampled")
                 axis.sharey(left)
             axis.plot(*zip(*points, strict=True), "o-", ms=3, label="validation, greedy")
             axis.set_title(f"{stage.replace('sft', 'SFT').replace('dipo', 'DiPO')}: {title}")
         if stage == "sft":
-            axes[3, 0].plot(steps, [r["loss"] for r in rows], label="loss")
+            axes[3, 0].plot(steps, [m["loss"] for m in metrics], label="loss")
             axes[3, 0].set_title("SFT: loss per response token")
         else:
             for name in ("gap_max", "gap_mean"):
-                axes[3, 1].plot(steps, [r[name] for r in rows], label=name)
+                axes[3, 1].plot(steps, [m[name] for m in metrics], label=name)
             axes[3, 1].axhline(1e-4, color="red", lw=0.8, ls="--", label="limit in float32")
             axes[3, 1].set_title("DiPO: |engine - trainer| log-probability")
         axes[3, column].set_yscale("log")
@@ -122,11 +124,11 @@ def main() -> None:
         "seconds": time.perf_counter() - start,
         "seed": options.seed,
         "questions": after["questions"],
-        "gap_max": max(r["gap_max"] for r in read_metrics(out / "dipo/metrics.jsonl")),
+        "gap_max": max(m["gap_max"] for m in read_metrics(out / "dipo")),
         "peak_memory_gib": peak,
         "resumed": resumed,
     }
-    draw_curves(out)
+    plot_curves(out)
     write_json(out / "summary.json", summary)
     print("\n" + table(figures))
     print(f"\n{summary['seconds']:.0f} s, at most {peak:.1f} GiB in one process.")

@@ -10,7 +10,6 @@ mean rewards of the last five steps should differ by no more than those of two s
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import dipo  # noqa: E402
+from plumbing.common import read_records  # noqa: E402
+from plumbing.config import load_config  # noqa: E402
 from rollout import LMDeployEngine  # noqa: E402
 
 
@@ -42,17 +43,18 @@ def main() -> None:
     for seed in range(options.seeds):
         for engine in ("torch", "lmdeploy"):
             out = Path(options.out) / f"{engine}-{seed}"
-            dipo.main([
+            argv = [
                 "--config", str(ROOT / "configs/demo_dipo.yaml"), f"model={options.model}",
                 f"data={options.data}", f"out={out}", f"engine={engine}", f"seed={seed}",
                 f"steps={options.steps}", "eval_every=0", "save_every=0", *overrides,
-            ])  # fmt: skip
-            rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-            first, last = ([r["reward"] for r in part] for part in (rows[:5], rows[-5:]))
-            tpf = statistics.mean(r["tpf"] for r in rows[-5:])
+            ]  # fmt: skip
+            dipo.main(load_config(dipo.DiPOConfig, argv))
+            metrics = [record for _, record in read_records(out / "metrics.jsonl")]
+            first, last = ([m["reward"] for m in part] for part in (metrics[:5], metrics[-5:]))
+            tpf = statistics.mean(m["tpf"] for m in metrics[-5:])
             lines.append(
                 f"| {engine} | {seed} | {statistics.mean(first):.3f} | {statistics.mean(last):.3f} "
-                f"| {tpf:.2f} | {max(r['gap_max'] for r in rows):.1e} |"
+                f"| {tpf:.2f} | {max(m['gap_max'] for m in metrics):.1e} |"
             )
     print("\n" + "\n".join(lines))
 

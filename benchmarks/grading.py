@@ -9,8 +9,9 @@ matrix or a quantity with its unit. Of the responses to one question about half 
 spellings; the wrong ones are drawn from a few, as models err alike. Measured, in one run on one
 machine, workers started beforehand, every batch of its own questions:
 
-    answers per second of `grade_all` with all workers and with one, without and with hostile answers
-    (4 in 1,000, no two alike; some are refused at a glance, some cost the whole time limit)
+    answers per second of `extract_answer` and `judge_all`, which is what `reward.grade` does with texts,
+    with all workers and with one, without and with hostile answers (4 in 1,000, no two alike; some are
+    refused at a glance, some cost the whole time limit)
     the share of answers that no worker had to see
 """
 
@@ -25,8 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import reward
-from answers import quick_verdict
+from plumbing.answers import extract_answer, judge_all, quick_verdict
 
 
 def question(rng: random.Random) -> tuple[str, list[str], list[str]]:
@@ -88,10 +88,10 @@ def make_batch(seed: int, questions: int, samples: int, share: float) -> tuple[l
 
 def rate(texts: list[str], golds: list[str], workers: int) -> float:
     """Answers per second of one batch."""
-    count, start = len(texts), time.perf_counter()
-    common = {"num_tokens": [9] * count, "truncated": [False] * count, "tokens_per_forward": [1.0] * count}
-    reward.grade_all(texts, golds, **common, block_size=4, workers=workers)
-    return count / (time.perf_counter() - start)
+    start = time.perf_counter()
+    pairs = [(extract_answer(text), gold, None) for text, gold in zip(texts, golds, strict=True)]
+    judge_all(pairs, workers=workers)
+    return len(texts) / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -104,21 +104,21 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.questions} questions x {options.samples} answers, {options.workers} workers\n")
     warm = [(f"{i}x", f"x+{i}x", None) for i in range(4 * options.workers)]
-    reward.judge_all(warm, 60.0, options.workers)
+    judge_all(warm, 60.0, options.workers)
     print("| batch | answers/s, all workers | one worker | ratio | decided without a worker |")
     print("|---|---|---|---|---|")
     for name, share in (("typical", 0.0), ("with 4 hostile in 1,000", 0.004)):
-        rows = []
+        measured = []
         for repeat in range(options.repeats):
             rates = []
             for workers in (options.workers, 1):
                 seed = 2 * repeat + (workers > 1) + 1000 * (share > 0)
                 texts, golds = make_batch(seed, options.questions, options.samples, share)
                 rates.append(rate(texts, golds, workers))
-            answers = [reward.extract_answer(text) for text in texts]
+            answers = [extract_answer(text) for text in texts]
             quick = sum(quick_verdict(a, g, None) is not None for a, g in zip(answers, golds, strict=True))
-            rows.append((*rates, quick / len(texts)))
-        fast, slow, quick = (sorted(column)[len(column) // 2] for column in zip(*rows, strict=True))
+            measured.append((*rates, quick / len(texts)))
+        fast, slow, quick = (sorted(column)[len(column) // 2] for column in zip(*measured, strict=True))
         print(f"| {name} | {fast:,.0f} | {slow:,.0f} | {fast / slow:.2f} | {quick:.0%} |")
 
 

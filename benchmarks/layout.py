@@ -4,7 +4,9 @@ To score a trajectory, DiRL (arXiv 2512.22234) and TraceRL (2509.06949) run the 
 *round* on [noisy | clean], 2L tokens. Round r shows, in every block at once, what the decoder saw
 in the r-th denoising step of that block: up to B rounds, in DiRL always B (a rank that ran fewer
 passes than the others would keep them waiting), and sequences padded to the longest allowed length.
-The LM head projects every masked row, not only the revealed ones. And the trajectories to measure with.
+The LM head projects every masked position, not only the revealed ones.
+
+Also here: the trajectories to measure with.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model as sdar
-from evaluate import read_rows
-from masking import InputError, Packed, replay
+from masking import Packed, replay
+from plumbing.common import InputError, read_records
 from rollout import Rollout
 
 
@@ -44,9 +46,13 @@ def random_trajectory(
             step += 1
             steps |= dict.fromkeys(left[first:last], step)
     ids = [rng.randrange(vocabulary) for _ in range(length)]
-    rollout = Rollout.of(ids[:prompt], ids[prompt:])
-    rollout.steps = [steps[i] for i in range(prompt, length)]
-    return rollout
+    return _rollout(ids, [steps[i] for i in range(prompt, length)])
+
+
+def _rollout(ids: list[int], steps: list[int]) -> Rollout:
+    """The rollout of prompt and response `ids` in which the tokens of the response had these steps."""
+    prompt, n = len(ids) - len(steps), len(steps)
+    return Rollout(ids[:prompt], ids[prompt:], steps, [0.0] * n, [1.0] * n, n, "length")
 
 
 def log_normal(count: int, limit: int, block_size: int) -> list[int]:
@@ -61,11 +67,11 @@ def read_rollouts(path: str, block_size: int, vocabulary: int, count: int) -> li
     """The first `count` trajectories of a rollouts.jsonl (dipo.py): lengths and step maps, random tokens.
 
     Raises:
-        InputError: a row without prompt_tokens or steps, or one that is no whole blocks.
+        InputError: a record without prompt_tokens or steps, or one that is no whole blocks.
     """
     rng, rollouts = random.Random(0), []
-    for where, row in read_rows(path)[:count]:
-        prompt, steps = row.get("prompt_tokens"), row.get("steps")
+    for where, record in read_records(path)[:count]:
+        prompt, steps = record.get("prompt_tokens"), record.get("steps")
         if type(prompt) is not int or prompt < 1:
             raise InputError(f"{where}: prompt_tokens is {prompt!r}, expected a positive integer")
         if not isinstance(steps, list) or not steps or any(type(s) is not int or s < 1 for s in steps):
@@ -73,8 +79,7 @@ def read_rollouts(path: str, block_size: int, vocabulary: int, count: int) -> li
         if (prompt + len(steps)) % block_size:
             raise InputError(f"{where}: {prompt} + {len(steps)} tokens are no blocks of {block_size}")
         ids = [rng.randrange(vocabulary) for _ in range(prompt + len(steps))]
-        rollouts.append(Rollout.of(ids[:prompt], ids[prompt:]))
-        rollouts[-1].steps = steps
+        rollouts.append(_rollout(ids, steps))
     return rollouts
 
 
@@ -83,7 +88,7 @@ def rounds(
 ) -> list[Packed]:
     """The published layout: a row [clean | noisy] per round, until no block has a step left.
 
-    Rows to score: all masked ones, with weight 1 where the round reveals the token and 0 elsewhere.
+    Scored is what is masked, with weight 1 where the round reveals the token and 0 elsewhere.
     (The order of the halves means nothing to the mask; `JointRow` wants the clean one first.)
 
     Args:
@@ -92,10 +97,10 @@ def rounds(
             than its own block and nothing sees it.
     """
     ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
-    steps = np.array([0] * len(rollout.prompt_ids) + rollout.steps).reshape(-1, block_size)
+    steps = np.array([0] * len(rollout.prompt_ids) + rollout.steps).reshape(-1, block_size).tolist()
     # rank: in which of its block's steps a token was revealed, from 1; 0 in the prompt
-    order = [{step: i for i, step in enumerate(sorted({0, *row}))} for row in steps.tolist()]
-    rank = torch.tensor([r[s] for r, row in zip(order, steps.tolist(), strict=True) for s in row])
+    order = [{step: i for i, step in enumerate(sorted({0, *block}))} for block in steps]
+    rank = torch.tensor([r[s] for r, block in zip(order, steps, strict=True) for s in block])
     clean = torch.arange(len(ids))
     padding = torch.arange(2 * max(0, limit - len(ids)))  # a sequence of views of its first block
     positions = torch.cat([clean, clean, padding % block_size])
@@ -114,11 +119,12 @@ def rounds(
                 sequence=(torch.arange(len(positions)) >= 2 * len(ids)).long(),
                 block=positions // block_size,
                 view=view,
-                rows=len(ids) + masked,
+                scored=len(ids) + masked,
                 targets=ids[masked],
                 bounds=torch.zeros(len(masked)),
                 weights=(rank[masked] == number).float(),
-                trajectory=torch.zeros(len(masked), dtype=torch.long),
+                advantages=torch.zeros(len(masked)),
+                source=torch.zeros(len(masked), dtype=torch.long),
                 engine_logprobs=torch.full((len(masked),), torch.nan),
                 block_size=block_size,
             )
@@ -140,11 +146,11 @@ def score_rounds(
             input_ids=one.ids[None],
             position_ids=one.positions[None],
             use_cache=False,
-            visible=sdar.attention_over(one, attention),
+            attention=sdar.attention_over(one, attention),
         ).last_hidden_state[0]
-        log_p = model.lm_head(hidden[one.rows]).float().log_softmax(-1)  # [M, V]
+        log_p = model.lm_head(hidden[one.scored]).float().log_softmax(-1)  # [M, V]
         of_token = log_p.gather(1, one.targets[:, None])[:, 0]
-        logprobs = logprobs.index_add(0, one.positions[one.rows], one.weights * of_token)
+        logprobs = logprobs.index_add(0, one.positions[one.scored], one.weights * of_token)
         tokens += len(one)
     return logprobs[len(rollout.prompt_ids) :], tokens
 
@@ -152,4 +158,4 @@ def score_rounds(
 def count_tokens(rollout: Rollout, block_size: int) -> tuple[int, int]:
     """Forward tokens: packed, and by B rounds of 2L."""
     length = len(rollout.prompt_ids) + len(rollout.response_ids)
-    return len(replay(rollout, block_size, weight=1.0)), block_size * 2 * length
+    return replay(rollout, block_size, weight=1.0).num_tokens, block_size * 2 * length

@@ -8,7 +8,7 @@ Memory of one GPU while it trains, as sft.py and dipo.py place it (FSDP2, a unit
                                   the largest unit's gradient in `dtype` and in float32 while it is reduced
     kept activations              what the backward pass of one micro-batch of token_budget tokens needs
     working memory                what comes on top at the worst moment: one layer's intermediate results
-    logits                        one chunk of scored rows (model.SCORING_BYTES)
+    logits                        one chunk of what is scored (plumbing.kernels.SCORING_BYTES)
 
 and while it rolls out: weights and moments, the engine's copy of the weights and its key/value cache.
 
@@ -26,6 +26,7 @@ Rollouts, and the transfer of weights, are not in it.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import weakref
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model as sdar
-from evaluate import load_config, run_script
-from masking import InputError
+from plumbing.common import InputError, run_script
+from plumbing.config import read_arguments, setting
+from plumbing.kernels import SCORING_BYTES, checkpoint_layers
 
 GIB = 2**30
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -72,23 +74,40 @@ SHAPES = {
 class PlanConfig:
     """Fields of benchmarks/memory.py."""
 
-    model: str = "8B"  # 1.7B, 4B, 8B, 30B-A3B, small, a config.json or a checkpoint folder
-    prompt: int = 1024  # tokens
-    response: int = 8192  # tokens
-    tpf: float = 2.0  # tokens per forward of the rollouts
-    block_size: int = 4  # tokens per block
-    trajectories: int = 512  # per optimizer step, over all ranks
-    ranks: int = 8  # GPUs
-    token_budget: int = 49152  # packed tokens per forward pass and rank
-    checkpointing: Literal["none", "selective", "full"] = "full"  # of the decoder layers
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; weights stay float32
-    moments: Literal["float32", "bfloat16", "8bit"] = "float32"  # of AdamW
-    reduce_once: bool = True  # as in sft.py: a rank holds the whole gradient till the last pass of a step
-    max_batch: int = 256  # answers that the engine of a rank generates at once
-    gpu_gib: float = 139.0  # memory of a GPU; H200: 139, H100: 79
-    reserve_gib: float = 4.0  # CUDA context, NCCL, libraries, fragmentation
-    tflops: float = 989.0  # dense peak of a GPU in `dtype`; H100 and H200 in bfloat16: 989
-    utilisation: float = 0.4  # model FLOPs over that peak, without recomputation
+    model: str = setting(
+        "8B", f"{', '.join(SHAPES)}, a config.json or a checkpoint folder", heading="Model and trajectories"
+    )
+    prompt: int = setting(1024, "tokens", above=0)
+    response: int = setting(8192, "tokens", above=0)
+    tpf: float = setting(2.0, "tokens per forward of the rollouts", at_least=1)
+    block_size: int = setting(4, "tokens per block", above=0)
+    trajectories: int = setting(512, "per optimizer step, over all ranks", above=0)
+
+    ranks: int = setting(8, "GPUs", above=0, heading="Training, as in sft.py and dipo.py")
+    token_budget: int = setting(49152, "packed tokens per forward pass and rank", above=0)
+    checkpointing: Literal["none", "selective", "full"] = setting("full", "of the decoder layers")
+    dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "of the computation; weights stay float32")
+    moments: Literal["float32", "bfloat16", "8bit"] = setting("float32", "of AdamW")
+    reduce_once: bool = setting(True, "a rank holds the whole gradient till the last pass of a step")
+    max_batch: int = setting(256, "answers that the engine of a rank generates at once", above=0)
+
+    gpu_gib: float = setting(139.0, "memory; H200: 139, H100: 79", above=0, below=math.inf, heading="GPU")
+    reserve_gib: float = setting(4.0, "CUDA context, NCCL, libraries, fragmentation", above=0, below=math.inf)
+    tflops: float = setting(
+        989.0, "dense peak in `dtype`; H100 and H200 in bfloat16: 989", above=0, below=math.inf
+    )
+    utilisation: float = setting(0.4, "model FLOPs over that peak, without recomputation", above=0)
+
+    def check(self) -> None:
+        """Refuse what the bounds of single fields do not say.
+
+        Raises:
+            InputError: naming the field.
+        """
+        if self.tpf > self.block_size:
+            raise InputError(f"config key tpf: {self.tpf}, expected at most block_size")
+        if self.utilisation > 1:
+            raise InputError(f"config key utilisation: {self.utilisation}, expected at most 1")
 
 
 def model_config(name: str) -> PreTrainedConfig:
@@ -175,12 +194,12 @@ def activation_bytes(
     experts = hasattr(config, "num_experts")  # their grouped products take bfloat16 only: scaled, then
     model = build(config, "meta", torch.bfloat16 if experts else dtype)
     scale = dtype.itemsize // model.dtype.itemsize
-    sdar.checkpoint_layers(model, checkpointing)
+    checkpoint_layers(model, checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with LiveBytes() as live:
-        out = model.model(input_ids=ids, position_ids=ids, use_cache=False, visible=MetaRow())
+        out = model.model(input_ids=ids, position_ids=ids, use_cache=False, attention=MetaRow())
         hidden = out.last_hidden_state
         kept = live.now
         hidden.backward(torch.empty_like(hidden))
@@ -214,7 +233,7 @@ def forward_backward_flops(config: PreTrainedConfig, tokens: int, pairs: int, sc
 
     Args:
         pairs: (query, key) pairs that are visible, see `visible_pairs`.
-        scored: rows that the LM head projects.
+        scored: positions that the LM head projects.
     """
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
     matrices = parameters(config)["used"] * tokens + config.hidden_size * config.vocab_size * scored
@@ -247,9 +266,9 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
     tokens, pairs = packed_trajectory(config.prompt, config.response, config.tpf, config.block_size)
     row = max(config.token_budget, tokens)
     kept, working = activation_bytes(shape, row, dtype, config.checkpointing)
-    rows = row * config.response // tokens
+    scored = row * config.response // tokens
     whole = config.reduce_once and config.trajectories * tokens > config.ranks * row
-    logits = min(rows * shape.vocab_size * (item + 2 * 4), sdar.SCORING_BYTES)
+    logits = min(scored * shape.vocab_size * (item + 2 * 4), SCORING_BYTES)
     weights = {
         "weights, float32": 4 * size["all"] / config.ranks,
         f"AdamW's moments, {config.moments}": 2 * moment * size["all"] / config.ranks,
@@ -276,21 +295,8 @@ def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dic
     return training, rollout, time
 
 
-def check(config: PlanConfig) -> None:
-    """Refuse values that make no sense."""
-    for name, value in vars(config).items():
-        if not isinstance(value, str | bool) and not 0 < value < float("inf"):
-            raise InputError(f"config key {name}: {value}, expected more than 0")
-    if not 1 <= config.tpf <= config.block_size:
-        raise InputError(f"config key tpf: {config.tpf}, expected between 1 and block_size")
-    if config.utilisation > 1:
-        raise InputError(f"config key utilisation: {config.utilisation}, expected at most 1")
-
-
-def main(argv: list[str]) -> None:
+def main(config: PlanConfig) -> None:
     """Print the parts, the verdict and the time."""
-    config = load_config(PlanConfig, argv)
-    check(config)
     *phases, time = predict(config)
     need = 0.0
     print("| part, per GPU | phase | GiB |\n|---|---|---:|")
@@ -309,4 +315,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, read_arguments(PlanConfig))

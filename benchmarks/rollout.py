@@ -34,7 +34,8 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoConfig  # noqa: E402
 
-import model as sdar  # noqa: E402
+import model  # noqa: E402
+from plumbing.checkpoint import load_tokenizer, tiny  # noqa: E402
 from rollout import Decoding, LMDeployEngine, TorchEngine  # noqa: E402
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ RULE = {"rule": "static", "denoising_steps": 2}
 
 def write_checkpoint(folder: Path, shape: dict[str, Any]) -> None:
     """A checkpoint with random bfloat16 weights of that shape."""
-    sdar.tiny(folder)  # config.json and tokenizer
+    tiny(folder)  # config.json and tokenizer
     config = json.loads((folder / "config.json").read_text()) | shape | {"torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        network = sdar.SDARForCausalLM(AutoConfig.from_pretrained(folder))
+        network = model.SDARForCausalLM(AutoConfig.from_pretrained(folder))
     device, tensors = "cuda" if CUDA else "cpu", {}
     for name, parameter in network.named_parameters():
         value = torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
@@ -91,7 +92,7 @@ def timed(answer: Callable[[], int], repeats: int) -> dict[str, float]:
 
 def measure(engine: str, folder: Path, requests: int, tokens: int, repeats: int) -> dict[str, float]:
     """Run one engine in this process (LMDeployEngine: in its own) and time it."""
-    tokenizer = sdar.load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 256, (requests, PROMPT_TOKENS), generator=generator).tolist()
     how = Decoding(max_tokens=tokens, **RULE)
@@ -99,7 +100,7 @@ def measure(engine: str, folder: Path, requests: int, tokens: int, repeats: int)
     if engine == "pipeline":
         return timed(pipeline(folder, tokenizer, prompts, tokens, dtype), repeats)
     if engine == "torch":
-        network = sdar.load(str(folder), getattr(torch, dtype), "cuda" if CUDA else "cpu")
+        network = model.load(str(folder), getattr(torch, dtype), "cuda" if CUDA else "cpu")
         ours = TorchEngine(network, BLOCK, tokenizer.mask_token_id, [], requests)
     else:
         ours = LMDeployEngine(
@@ -112,7 +113,7 @@ def measure(engine: str, folder: Path, requests: int, tokens: int, repeats: int)
 
     figures = timed(answer, repeats)
     if engine == "ours":
-        network = sdar.load(str(folder), getattr(torch, dtype), "cuda" if CUDA else "cpu")
+        network = model.load(str(folder), getattr(torch, dtype), "cuda" if CUDA else "cpu")
         size = sum(p.numel() * p.element_size() for p in network.parameters()) / 1e9
         seconds = []
         for _ in range(repeats + 1):
@@ -128,10 +129,10 @@ def measure(engine: str, folder: Path, requests: int, tokens: int, repeats: int)
 
 
 def pipeline(folder: Path, tokenizer, prompts: list[list[int]], tokens: int, dtype: str) -> Callable[[], int]:
-    """LMDeploy's own entry, unpatched but for the mask token of the small vocabulary."""
+    """LMDeploy's own entry, unpatched except for the mask token of the small vocabulary."""
     from lmdeploy import GenerationConfig, PytorchEngineConfig, pipeline
 
-    import lmdeploy_child
+    from plumbing import lmdeploy_child
 
     lmdeploy_child.use_mask_id(tokenizer.mask_token_id)
     config = PytorchEngineConfig(

@@ -1,7 +1,7 @@
-"""Scoring rows: seconds, peak memory and error of the LM head with its softmax, side by side.
+"""Scoring: seconds, peak memory and error of the LM head with its softmax, side by side.
 
-    model       ScoreRows of model.py: log-probability of reveals, entropy; gradients written out
-    + holds     the same with every other row a hold: its held mass is scored too
+    model       ScoreChunks of plumbing/kernels.py: log-probability of reveals, entropy; gradients written out
+    + holds     the same with every other action a hold: its held mass is scored too
     plain       all logits at once, score_logits under autograd
     torch       torch.nn.functional.linear_cross_entropy (torch 2.13): cross-entropy only, no entropy
     liger       Liger's fused linear cross-entropy, where it is installed and CUDA is there: the same
@@ -13,7 +13,7 @@ to return. On the CPU it is summed from the allocator's own events, on CUDA read
 Error: relative, gradient of the head and of the hidden states, to float32 logits under autograd.
 
     python benchmarks/scoring.py                                # small on the CPU, real on CUDA
-    python benchmarks/scoring.py rows=8192 vocab=151936 hidden=4096 dtype=bfloat16
+    python benchmarks/scoring.py scored=8192 vocab=151936 hidden=4096 dtype=bfloat16
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from masking import HOLD
-from model import Sampling, ScoreRows, score_logits
+from model import LOG_FLOOR, Sampling, score_logits
+from plumbing.kernels import ScoreChunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SMALL = {"rows": 1024, "vocab": 16384, "hidden": 64, "dtype": "bfloat16", "repeats": 3}
-REAL = {"rows": 8192, "vocab": 151936, "hidden": 4096, "dtype": "bfloat16", "repeats": 5}
+SMALL = {"scored": 1024, "vocab": 16384, "hidden": 64, "dtype": "bfloat16", "repeats": 3}
+REAL = {"scored": 8192, "vocab": 151936, "hidden": 4096, "dtype": "bfloat16", "repeats": 5}
 
 
 class Problem:
     """Hidden states [M, H], head [V, H], targets and weights [M], half of the targets holds if asked."""
 
-    def __init__(self, rows: int, vocab: int, hidden: int, dtype: torch.dtype, device: str):
+    def __init__(self, scored: int, vocab: int, hidden: int, dtype: torch.dtype, device: str):
         generator = torch.Generator(device).manual_seed(0)
         normal = {"generator": generator, "device": device}
-        self.hidden = torch.randn(rows, hidden, **normal).to(dtype).requires_grad_(True)
+        self.hidden = torch.randn(scored, hidden, **normal).to(dtype).requires_grad_(True)
         self.head = (torch.randn(vocab, hidden, **normal) / hidden**0.5).to(dtype).requires_grad_(True)
-        self.targets = torch.randint(0, vocab, (rows,), **normal)
-        self.bounds = torch.rand(rows, **normal)
-        self.weights = torch.rand(rows, **normal)
-        self.some_held = torch.where(torch.arange(rows, device=device) % 2 == 0, self.targets, HOLD)
+        self.targets = torch.randint(0, vocab, (scored,), **normal)
+        self.bounds = torch.rand(scored, **normal)
+        self.weights = torch.rand(scored, **normal)
+        self.some_held = torch.where(torch.arange(scored, device=device) % 2 == 0, self.targets, HOLD)
 
     def model(self, targets: torch.Tensor) -> torch.Tensor:
-        logprobs, _ = ScoreRows.apply(self.hidden, self.head, targets, self.bounds, 1.0)
+        logprobs, _ = ScoreChunks.apply(self.hidden, self.head, targets, self.bounds, 1.0, LOG_FLOOR)
         return -(self.weights * logprobs).sum()
 
     def plain(self, targets: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -123,17 +124,17 @@ def seconds(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(rows: int, vocab: int, hidden: int, dtype: str, repeats: int) -> dict[str, dict[str, float]]:
+def measure(scored: int, vocab: int, hidden: int, dtype: str, repeats: int) -> dict[str, dict[str, float]]:
     """For every side: seconds, peak extra MiB, relative error of the gradients of hidden states and head."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = Problem(rows, vocab, hidden, getattr(torch, dtype), device)
+    problem = Problem(scored, vocab, hidden, getattr(torch, dtype), device)
     results = problem.hidden.nbytes + problem.head.nbytes
     sides, table = problem.sides(), {}
     truth = {}
     for name, loss in sides.items():
         targets = problem.some_held if "holds" in name else problem.targets
         held = "holds" in name
-        if held not in truth and rows * vocab <= 2**27:
+        if held not in truth and scored * vocab <= 2**27:
             found = problem.gradients(lambda t=targets: problem.plain(t, torch.float32))
             truth[held] = [g.float() for g in found]
         problem.gradients(loss)  # warm-up: compiles

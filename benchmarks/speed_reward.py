@@ -33,17 +33,13 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from demo import run  # noqa: E402
 
-from evaluate import (  # noqa: E402
-    EvalConfig,
-    Question,
-    answer_questions,
-    make_engine,
-    read_questions,
-    write_json,
-)
+from evaluate import EvalConfig, respond  # noqa: E402
 from masking import HOLD, pack, replay  # noqa: E402
-from model import Sampling, load_tokenizer  # noqa: E402
-from rollout import Decoding  # noqa: E402
+from model import Sampling  # noqa: E402
+from plumbing.checkpoint import load_tokenizer  # noqa: E402
+from plumbing.common import write_json  # noqa: E402
+from reward import Question, read_questions  # noqa: E402
+from rollout import Decoding, make_engine  # noqa: E402
 
 REWARDS = {
     "accuracy": ["rewards={accuracy: 1.0}"],
@@ -121,8 +117,8 @@ def why(checkpoint: Path, questions: list[Question]) -> str:
 
     A hold of mass 1 was certain: it has no gradient, under either likelihood.
     """
-    tokenizer = load_tokenizer(str(checkpoint))
-    engine = make_engine(str(checkpoint), tokenizer, 0, EvalConfig(), checkpoint / "engine.log")
+    tokenizer = load_tokenizer(checkpoint)
+    engine = make_engine(checkpoint, tokenizer, 0, EvalConfig(engine="torch"), checkpoint / "engine.log")
     b = engine.block_size
     lines = [
         "| threshold | TPF greedy | TPF sampled | holds | holds that were random |",
@@ -132,8 +128,8 @@ def why(checkpoint: Path, questions: list[Question]) -> str:
         tpf, rollouts = [], []
         for top_k in (1, 0):
             how = Decoding(threshold=threshold, max_tokens=48, top_k=top_k)
-            answers = answer_questions(engine, tokenizer, questions, how, b)
-            rollouts = [group[0].rollout for group in answers]
+            graded = respond(engine, tokenizer, questions, how)
+            rollouts = [group[0].rollout for group in graded]
             tpf.append(sum(len(r.response_ids) for r in rollouts) / sum(r.num_steps for r in rollouts))
         views = [replay(r, b, 1.0, exact=True) for r in rollouts]
         mass = []
@@ -147,8 +143,8 @@ def why(checkpoint: Path, questions: list[Question]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: list[dict], before: dict, path: Path) -> None:
-    """Accuracy against tokens per forward, a panel per threshold, a point per run."""
+def plot(runs: list[dict], before: dict, path: Path) -> None:
+    """Plot accuracy against tokens per forward, a panel per threshold, a point per run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,7 +196,7 @@ def main() -> None:
             run(*test_command(str(options.sft), options.data, folder, t))
     before = read_figures(folder)
     write_json(options.out / "summary.json", {"sft": before, "runs": runs})
-    draw(runs, before, options.out / "speed.png")
+    plot(runs, before, options.out / "speed.png")
     print(report(runs, before))
     print("\n" + why(options.sft, read_questions(f"{options.data}/validation.jsonl")))
 

@@ -44,10 +44,13 @@ import memory
 from layout import log_normal, random_trajectory, read_rollouts, rounds
 
 import model as sdar
-from evaluate import Parser, run_script, write_json
-from masking import InputError, Packed, block_mask, pack, replay
+from masking import Packed, block_mask, pack, replay
+from plumbing.checkpoint import gathered
+from plumbing.common import InputError, run_script, write_json
+from plumbing.config import Parser
+from plumbing.kernels import checkpoint_layers, compile_layers
+from plumbing.ranks import shard
 from rollout import Rollout
-from sft import full, shard
 
 DEFAULTS = {
     "cpu": {"shape": ["small"], "prompt": 126, "response": 898, "trajectories": 64}
@@ -127,14 +130,14 @@ class Bench:
         rows = []
         for i, rollout in enumerate(rollouts):
             for one in rounds(rollout, self.block_size, self.mask_id, True, limit):
-                one.trajectory.fill_(i)
+                one.source.fill_(i)
                 rows.append(weigh(one).to(self.device))
         return Side(f"published, {name}", rows, attention, self.block_size if together else 1)
 
 
 def weigh(row: Packed) -> Packed:
     """The row with a weight of its own for every token, positive or negative, the same in every layout."""
-    angle = row.positions[row.rows] + 7.0 * row.trajectory
+    angle = row.positions[row.scored] + 7.0 * row.source
     return dataclasses.replace(row, weights=row.weights * angle.cos())
 
 
@@ -152,7 +155,7 @@ def gradient(model: sdar.BlockDiffusion, side: Side) -> list[torch.Tensor]:
     """The gradient of every parameter after one step's passes."""
     model.zero_grad()
     run_passes(model, side)
-    gradients = [full(p.grad) for p in model.parameters()]
+    gradients = [gathered(p.grad) for p in model.parameters()]
     model.zero_grad()
     return gradients
 
@@ -205,7 +208,7 @@ def count_step(bench: Bench, side: Side) -> tuple[int, int]:
 def needed_flops(bench: Bench, row: Packed) -> int:
     """Model FLOPs of a row."""
     pairs = memory.visible_pairs(row.block, bench.block_size)
-    return memory.forward_backward_flops(bench.model.config, len(row), pairs, len(row.rows))
+    return memory.forward_backward_flops(bench.model.config, len(row), pairs, len(row.scored))
 
 
 def measure(bench: Bench, case: str, rollouts: list[Rollout], sides: list[Side]) -> list[dict[str, Any]]:
@@ -300,14 +303,14 @@ def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
     bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, PEAK_FLOPS)
     kept = "float32"
     if cuda:
-        sdar.checkpoint_layers(model, "full")
-        sdar.compile_layers(model)
+        checkpoint_layers(model, "full")
+        compile_layers(model)
         short = [random_trajectory(130, 510, options.tpf, options.block_size, bench.mask_id)]
         check_exact(model, bench.published(short, "", "dense"), [bench.packed(short)], 1e-3)
         torch.compiler.reset()
         room = torch.cuda.get_device_properties(0).total_memory
         if 16 * memory.parameters(config)["all"] < 0.6 * room:
-            shard(model, 1, "bfloat16")  # FSDP2 on one GPU: mixed precision
+            shard(model, "bfloat16")  # FSDP2 on one GPU: mixed precision
         else:
             model.to(torch.bfloat16)
             kept = "bfloat16"
@@ -449,4 +452,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, sys.argv[1:])

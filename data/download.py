@@ -25,14 +25,15 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plumbing.common import InputError, read_records, run_script
+from plumbing.config import Parser
 
 Row = dict[str, Any]
 ROWS = ("*.json", "*.jsonl", "*.parquet")
-
-
-class DownloadError(Exception):
-    """What the user is told, in one line."""
 
 
 # --------------------------------------------------------------------------------------- converters
@@ -120,35 +121,34 @@ MODELS = {
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE*")  # no code, no pickles
 
 
-def read_upstream(path: Path) -> list[Row]:
-    """Rows of a JSON list, JSON Lines or parquet file."""
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise DownloadError(f"{path.name} is a parquet file: pip install pyarrow") from error
-        return parquet.read_table(path).to_pylist()
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+def read_upstream(path: Path) -> list[tuple[str, Row]]:
+    """(where, row) pairs of a JSON list, JSON Lines or parquet file.
+
+    Raises:
+        InputError: a malformed file, or no package that reads it.
+    """
+    if path.suffix != ".parquet":
+        return read_records(path)
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path.name} is a parquet file: pip install pyarrow") from error
+    rows = parquet.read_table(path).to_pylist()
+    return [(f"{path}: row {i + 1}", row) for i, row in enumerate(rows)]
 
 
 def convert_file(path: Path, convert: Callable[[Row], Row | None]) -> list[Row]:
     """The rows of one upstream file in our form.
 
     Raises:
-        DownloadError: a row has not the shape the converter knows.
+        InputError: a row has not the shape the converter knows.
     """
     rows = []
-    for count, row in enumerate(read_upstream(path), start=1):
+    for where, row in read_upstream(path):
         try:
             rows.append(convert(row))
         except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DownloadError(
-                f"{path.name}: row {count} has an unknown shape ({keys}): {error!r}"
-            ) from error
+            raise InputError(f"{where}: an unknown shape ({', '.join(row)}): {error!r}") from error
     return [row for row in rows if row is not None]
 
 
@@ -172,7 +172,7 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise DownloadError(f"{what}: cannot be fetched; is there a network? ({reason})") from error
+        raise InputError(f"{what}: cannot be fetched; is there a network? ({reason})") from error
 
 
 class Hub:
@@ -201,7 +201,7 @@ class Mirror(NamedTuple):
         files = (path for path in (self.root / repo).rglob("*") if path.is_file())
         names = sorted(path.relative_to(self.root / repo).as_posix() for path in files)
         if not names:
-            raise DownloadError(f"{self.root / repo}: no files")
+            raise InputError(f"{self.root / repo}: no files")
         return revision or "mirror", names
 
     def fetch(self, repo: str, kind: str, revision: str, name: str, folder: Path) -> Path:
@@ -247,7 +247,7 @@ def download(name: str, folder: Path, source: Source, entry: dict | None = None)
         entry: what an earlier fetch wrote there; this one is held to it.
 
     Raises:
-        DownloadError: unknown shape, no such files, or bytes other than the entry's.
+        InputError: unknown shape, no such files, or bytes other than the entry's.
     """
     dataset = DATASETS.get(name)
     repo, kind = (dataset.repo, "dataset") if dataset else (MODELS[name], "model")
@@ -255,9 +255,7 @@ def download(name: str, folder: Path, source: Source, entry: dict | None = None)
     patterns = dataset.files if dataset else MODEL_FILES
     wanted = sorted(n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in patterns))
     if not wanted:
-        raise DownloadError(
-            f"{repo}: no file {' or '.join(patterns)} (it has {', '.join(sorted(names)[:8])})"
-        )
+        raise InputError(f"{repo}: no file {' or '.join(patterns)} (it has {', '.join(sorted(names)[:8])})")
     target = folder / ".upstream" / name if dataset else folder / name
     paths = {n: source.fetch(repo, kind, revision, n, target) for n in wanted}
     upstream = {n: sha256(path) for n, path in paths.items()}
@@ -265,13 +263,13 @@ def download(name: str, folder: Path, source: Source, entry: dict | None = None)
         changed = sorted(
             n for n in {*upstream, *entry["upstream"]} if upstream.get(n) != entry["upstream"].get(n)
         )
-        raise DownloadError(f"{name}: {', '.join(changed)} differs from the manifest; --update accepts it")
+        raise InputError(f"{name}: {', '.join(changed)} differs from the manifest; --update accepts it")
     if not dataset:
         local = {f"{name}/{n}": checksum for n, checksum in upstream.items()}
         return {"repo": repo, "revision": revision, "upstream": upstream, "local": local}
     rows = [row for path in paths.values() for row in convert_file(path, dataset.convert)]
     if not rows:
-        raise DownloadError(f"{name}: no rows left in {', '.join(wanted)}")
+        raise InputError(f"{name}: no rows left in {', '.join(wanted)}")
     made = folder / f"{name}.jsonl"
     write_whole(made, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     shutil.rmtree(target)
@@ -285,7 +283,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise DownloadError(f"{path}: not JSON ({error})") from error
+        raise InputError(f"{path}: not JSON ({error})") from error
 
 
 def download_all(names: Iterable[str], folder: Path, source: Source, update: bool = False) -> None:
@@ -303,17 +301,9 @@ def download_all(names: Iterable[str], folder: Path, source: Source, update: boo
         print(f"{name}: {rows}{manifest[name]['repo']} at {manifest[name]['revision'][:12]}")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a bad option in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"error: {message}\n")
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Download what the command line names; what goes wrong ends in one line and exit code 2."""
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Download what the command line names."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets and models; none: list them")
     parser.add_argument("--out", type=Path, default=Path("data/hub"), help="folder (default data/hub)")
     parser.add_argument("--source", type=Path, help="a folder in place of the hub")
@@ -328,15 +318,9 @@ def main(argv: list[str] | None = None) -> None:
         if name not in DATASETS and name not in MODELS:
             parser.error(f"unknown name {name!r}; there are {', '.join([*DATASETS, *MODELS])}")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
-    try:
-        download_all(
-            options.names, options.out, Mirror(options.source) if options.source else Hub(), options.update
-        )
-    except DownloadError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"{error.filename or 'file system'}: {error.strerror or error}")
+    source = Mirror(options.source) if options.source else Hub()
+    download_all(options.names, options.out, source, options.update)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

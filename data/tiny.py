@@ -20,17 +20,14 @@ import argparse
 import json
 import os
 import random
+import sys
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a bad option in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(2, f"error: {message}\n")
+from plumbing.common import InputError, run_script
+from plumbing.config import Parser
 
 
 def solve(terms: list[int]) -> str:
@@ -65,12 +62,13 @@ def make_splits(
 ) -> dict[str, list[dict[str, str]]]:
     """Examples of "test", "validation", "sft" and "rl", as many as sizes says.
 
-    Raises ValueError if the task has too few questions to hold test and validation out.
+    Raises:
+        InputError: the task has too few questions to hold test and validation out.
     """
     half = max_term ** num_terms[0] // 2
     held_out = sizes["test"] + sizes["validation"]
     if held_out > half:
-        raise ValueError(
+        raise InputError(
             f"--max-term {max_term} is too small: test and validation may take {half} questions, "
             f"{held_out} are asked; raise --max-term or --min-terms, or lower --test or "
             "--validation"
@@ -80,12 +78,12 @@ def make_splits(
     taken: set[str] = set()
     splits: dict[str, list[dict[str, str]]] = {}
     for name in ("test", "validation", "sft", "rl"):
-        rows = splits[name] = []
-        while len(rows) < sizes[name]:
+        examples = splits[name] = []
+        while len(examples) < sizes[name]:
             example = make_example(rng, num_terms, max_term, careless)
             if example["question"] in taken:
                 continue
-            rows.append(example)
+            examples.append(example)
             if name in ("test", "validation") or not training_may_repeat:
                 taken.add(example["question"])
     return splits
@@ -120,8 +118,12 @@ def write_files(texts: dict[Path, str]) -> None:
 
 
 def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of the command line; exits with code 2 and one line on a bad one."""
-    parser = OneLineParser(description="Generate the tiny arithmetic task.", allow_abbrev=False)
+    """Options of the command line.
+
+    Raises:
+        InputError: an unknown or a bad one.
+    """
+    parser = Parser(description="Generate the tiny arithmetic task.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("data/generated"), help="folder, created")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft", type=int, default=20000, help="rows of sft.jsonl")
@@ -151,20 +153,17 @@ def main(argv: list[str] | None = None) -> None:
     """Draw the splits, write them, say what was written."""
     options = parse_options(argv)
     sizes = {name: getattr(options, name) for name in ("sft", "rl", "validation", "test")}
-    try:
-        num_terms = (options.min_terms, options.max_terms)
-        splits = make_splits(options.seed, sizes, num_terms, options.max_term, options.careless)
-        lines = {
-            options.out / f"{name}.jsonl": [json.dumps(to_row(row, name)) for row in splits[name]]
-            for name in sizes
-        }
-        write_files({path: "".join(f"{line}\n" for line in rows) for path, rows in lines.items()})
-    except (ValueError, OSError) as error:
-        OneLineParser().error(str(error))
-    for path, rows in lines.items():
-        print(f"{path}: {len(rows)} rows, {len(set(rows))} different")
-        print(f"  {rows[0]}" if rows else "  (empty)")
+    num_terms = (options.min_terms, options.max_terms)
+    splits = make_splits(options.seed, sizes, num_terms, options.max_term, options.careless)
+    lines = {
+        options.out / f"{name}.jsonl": [json.dumps(to_row(example, name)) for example in splits[name]]
+        for name in sizes
+    }
+    write_files({path: "".join(f"{line}\n" for line in written) for path, written in lines.items()})
+    for path, written in lines.items():
+        print(f"{path}: {len(written)} rows, {len(set(written))} different")
+        print(f"  {written[0]}" if written else "  (empty)")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import dipo
 import model
-from rollout import Rollout
+import sft
+from plumbing.checkpoint import gathered, load_tokenizer, tiny
+from plumbing.ranks import start_distributed
+from plumbing.run_folder import RunFolder, lr_at, make_optimizer, set_lr
+from rollout import Rollout, make_engine
 
 TINY = {
     "hidden_size": 64,
@@ -35,7 +40,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A checkpoint folder with its tokenizer, block size 4. Read only: the session shares it."""
-    return model.tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", **TINY)
+    return tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", **TINY)
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def tiny_model(tiny_folder) -> model.BlockDiffusion:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder):
     """Its tokenizer: bytes, <|endoftext|>, <|im_start|>, <|im_end|>, <|MASK|> and the roles."""
-    return model.load_tokenizer(str(tiny_folder))
+    return load_tokenizer(str(tiny_folder))
 
 
 def random_steps(rng: random.Random, prompt: int, response: int, block_size: int) -> list[int]:
@@ -90,3 +95,63 @@ def random_rollout(
         finish_reason="length",
         seed=0,
     )
+
+
+def rollout_of(prompt_ids: list[int], response_ids: list[int]) -> Rollout:
+    """A rollout with a token per step from the left."""
+    n = len(response_ids)
+    return Rollout(prompt_ids, response_ids, list(range(1, n + 1)), [0.0] * n, [1.0] * n, n, "length")
+
+
+# --------------------------------------------------- the loops of sft.py and dipo.py, a step at a time
+
+
+class Trainer:
+    """What the mains of sft.py and dipo.py hold, and their optimizer step; gradients are kept.
+
+    `gradients` has what the optimizer saw at each step, gathered and after clipping.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.rank, self.world, self.device = start_distributed()
+        self.folder = RunFolder(config)
+        self.tokenizer = load_tokenizer(self.folder.weights)
+        self.model = model.load_for_training(self.folder.base, self.device, config)
+        self.block_size = model.choose_block_size(config.block_size, self.model.config)
+        self.mask_id = self.tokenizer.mask_token_id
+        self.optimizer = make_optimizer(self.model, config)
+        self.folder.restore(self.model, self.optimizer)
+        self.step, self.gradients = self.folder.step, []
+
+    def engine(self):
+        """The rollout engine with the weights that the run goes on with."""
+        return make_engine(
+            self.folder.weights, self.tokenizer, self.block_size, self.config, self.folder.engine_log
+        )
+
+    def optimizer_step(self, update: int = 0, updates: int = 1) -> float:
+        """Clip, step, clear gradients; the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        named = self.model.named_parameters()
+        self.gradients.append({n: gathered(p.grad.detach()).clone() for n, p in named if p.grad is not None})
+        set_lr(self.optimizer, lr_at(self.config, self.step * updates + update, self.config.steps * updates))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return gathered(norm).item()
+
+    def sft_step(self, batch: list[tuple]) -> dict:
+        """One optimizer step on (number, example) pairs, as in sft.main."""
+        parts = (self.block_size, self.mask_id, self.device)
+        metrics = sft.accumulate_gradients(self.model, batch, self.config, *parts)
+        return metrics | {"grad_norm": self.optimizer_step()}
+
+    def dipo_step(self, groups: list, reference=None) -> dict:
+        """All updates on one batch of groups, as in dipo.main."""
+        packs = dipo.pack_groups(groups, self.config, self.block_size, self.mask_id)
+        rows = dipo.score_rows(packs, self.model, reference, self.config)
+        stats = []
+        for update in range(self.config.updates):
+            stats += dipo.accumulate_gradients(self.model, rows, self.config, first_update=update == 0)
+            norm = self.optimizer_step(update, self.config.updates)
+        return dipo.training_metrics(stats, self.config) | {"grad_norm": norm}

@@ -7,10 +7,10 @@ from pathlib import Path
 import tiny as tiny_task
 
 
-def write_task(folder: Path, rows: int = 32, seed: int = 0) -> None:
-    """Write sft.jsonl and rl.jsonl with `rows` questions of the tiny task."""
+def write_task(folder: Path, records: int = 32, seed: int = 0) -> None:
+    """Write sft.jsonl and rl.jsonl with so many questions of the tiny task."""
     rng = random.Random(seed)
-    examples = [tiny_task.make_example(rng, (2, 3), 9) for _ in range(rows)]
-    for name, split in (("sft", "sft"), ("rl", "rl")):
+    examples = [tiny_task.make_example(rng, (2, 3), 9) for _ in range(records)]
+    for split in ("sft", "rl"):
         lines = [json.dumps(tiny_task.to_row(example, split)) for example in examples]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

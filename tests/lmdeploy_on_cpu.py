@@ -190,7 +190,7 @@ def allow_float32() -> None:
     Config.__post_init__, ModelConfig.from_pretrained = accept, classmethod(with_dtype)
 
 
-# Broken on purpose: what the tests must notice. The child runs lmdeploy_child.py as __main__.
+# Broken on purpose: what the tests must notice. The child runs plumbing.lmdeploy_child as __main__.
 
 
 def without(name: str) -> None:

@@ -14,51 +14,51 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from conftest import Trainer, rollout_of
 
 import model
-import sft
-from dipo import DiPOConfig, Group, is_useful, pack_groups, sample_groups, update_policy
-from evaluate import Question, load_config
+from dipo import DiPOConfig, Group, pack_groups, sample_groups
 from masking import pack, replay
-from rollout import Decoding, Rollout
-from sft import Example, Run, SFTConfig, sft_step
+from plumbing.checkpoint import gathered, named_weights, save
+from plumbing.config import load_config
+from plumbing.ranks import gather, start_distributed
+from reward import Question
+from sft import Example, SFTConfig
 
-HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=8)
 SETTINGS = {"lr": 1e-3, "max_grad_norm": 1e9, "steps": 10}
+DECODING = {"threshold": 0.5, "max_tokens": 8}  # of the rollouts
+
+
+def configured(config_class, folder: Path, out: Path, **changes):
+    """A config for a checkpoint, which has sft.jsonl and rl.jsonl beside it."""
+    own = {"data": folder.with_name("sft.jsonl")}
+    if config_class is DiPOConfig:
+        own = DECODING | {"data": folder.with_name("rl.jsonl")}
+    overrides = [f"{k}={v}" for k, v in (SETTINGS | own | changes).items()]
+    return load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
 
 
 class Case:
-    """A run that keeps its gradients; `packs` are the rows of every rank in the last step."""
+    """A trainer and what is recorded of its steps."""
 
     def __init__(self, config_class, folder, out, **changes):
-        overrides = [f"{k}={v}" for k, v in (SETTINGS | changes).items()]
-        self.config = load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
-        self.run = Run(self.config)
-        self.record, self.gradients = [], []
-
-        def keep(*_):
-            named = self.run.model.named_parameters()
-            self.gradients.append({n: sft.full(p.grad.detach()).clone() for n, p in named})
-
-        self.run.optimizer.register_step_pre_hook(keep)
+        self.trainer = Trainer(configured(config_class, folder, out, **changes))
+        self.record = []
 
     def add(self, metrics: dict, sizes: list[list[int]]) -> None:
         """Record a finished step; `sizes`: (sequences, tokens) of each of this rank's rows."""
-        per_rank = [sizes]
-        if self.run.world > 1:
-            per_rank = [None] * self.run.world
-            dist.all_gather_object(per_rank, sizes)
-        weights = {n: t.detach().clone() for n, t in self.run.named_weights()}
+        trainer = self.trainer
+        weights = {n: t.detach().clone() for n, t in named_weights(trainer.model)}
         self.record.append(
             {
                 "metrics": metrics,
-                "gradients": self.gradients,  # of each update
+                "gradients": trainer.gradients,  # of each update
                 "weights": weights,
-                "sizes": per_rank,
-                "sharded": any(hasattr(p, "placements") for p in self.run.model.parameters()),
+                "sizes": gather(sizes),
+                "sharded": any(hasattr(p, "placements") for p in trainer.model.parameters()),
             }
         )
-        self.gradients = []
+        trainer.gradients = []
 
 
 def examples(step: int) -> list[Example]:
@@ -71,24 +71,24 @@ def examples(step: int) -> list[Example]:
 def run_sft(folder: Path, out: Path, resume: bool = False, **changes) -> list[dict]:
     """Two steps with a checkpoint after the first, or the second alone after resuming."""
     case = Case(SFTConfig, folder, out / "run", token_budget=60, resume=str(resume).lower(), **changes)
-    for step in range(case.run.step, 2):
-        batch = examples(step)
-        metrics = sft_step(case.run, case.config, batch, [5 * step + i for i in range(5)])
-        case.run.step += 1
-        case.run.cursor += 5
+    trainer = case.trainer
+    for step in range(trainer.step, 2):
+        metrics = trainer.sft_step(list(enumerate(examples(step), start=5 * step)))
+        trainer.step += 1
         if step == 0:
-            case.run.save()
+            trainer.folder.save(1, 5, trainer.model, trainer.optimizer)
         case.add(metrics, [])
     return case.record
 
 
-def make_groups(case: Case, folder: Path, count: int) -> list[Group]:
+def useful_groups(trainer: Trainer, count: int) -> list[Group]:
     """`count` useful groups of two rollouts, the same in every process."""
-    engine = case.run.make_engine()
     questions = [Question(f"{i}+{i + 3}?", "0") for i in range(30)]
-    numbers = [(i, i) for i in range(30)]
-    groups = sample_groups(case.run, engine, questions, numbers, case.config, HOW)
-    useful = [g for g in groups if is_useful(g, case.config)]
+    asked = [(i, i) for i in range(30)]
+    groups = sample_groups(
+        trainer.engine(), trainer.model, trainer.tokenizer, questions, asked, trainer.config
+    )
+    useful = [g for g in groups if g.useful]
     assert len(useful) >= count
     return useful[:count]
 
@@ -100,10 +100,11 @@ def run_dipo(
     than another has to keep step by rows that count nothing."""
     speed = {"rewards.accuracy": 0, "rewards.speed": 1.0, "group_size": 2, "likelihood": likelihood}
     case = Case(DiPOConfig, folder, out / "run", token_budget=budget, updates=2, **speed)
-    mine = make_groups(case, folder, count)[case.run.rank :: case.run.world]
-    packs = pack_groups(case.run, mine, case.config)[0]
-    sizes = [[len(p.trajectory.unique()), len(p)] for p in packs]
-    case.add(update_policy(case.run, mine, case.config, HOW), sizes)
+    trainer = case.trainer
+    mine = useful_groups(trainer, count)[trainer.rank :: trainer.world]
+    packs = pack_groups(mine, trainer.config, trainer.block_size, trainer.mask_id)
+    sizes = [[len(p.source.unique()), len(p)] for p in packs]
+    case.add(trainer.dipo_step(mine), sizes)
     return case.record
 
 
@@ -119,9 +120,9 @@ def private_bytes() -> int:
 
 
 def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
-    """Load FOLDER as training does, score a row, save it again in files of about `file_bytes`."""
-    config = load_config(SFTConfig, [f"model={folder}", f"out={out}"])
-    rank, world, device = sft.start_distributed()
+    """Load `folder` as training does, score a row, save it again in files of about `file_bytes`."""
+    config = configured(SFTConfig, folder, out)
+    rank, world, device = start_distributed()
     stop, peak, before = threading.Event(), [0], private_bytes()
 
     def watch() -> None:
@@ -130,20 +131,17 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    network = sft.load_for_training(str(folder), world, device, config)
+    network = model.load_for_training(folder, device, config)
     stop.set()
     thread.join()
-    record = {"peak": [peak[0] - before]}
-    if world > 1:
-        record["peak"] = [0] * world
-        dist.all_gather_object(record["peak"], peak[0] - before)
+    record = {"peak": gather(peak[0] - before)}
     if file_bytes:
-        rows = [replay(Rollout.of(list(range(5, 11)), list(range(20, 30))), 4, 1.0)]
-        packed = pack(rows, 4, 260, 1000)[0]
+        views = [replay(rollout_of(list(range(5, 11)), list(range(20, 30))), 4, 1.0)]
+        packed = pack(views, 4, 260, 1000)[0]
         record["logprobs"] = network.score(packed, model.Sampling()).logprobs.detach()
         record["buffers"] = {n: b.cpu() for n, b in network.named_buffers()}
-        record["weights"] = {n: model.full(p.detach()).clone() for n, p in network.named_parameters()}
-        model.save(network, out, folder, rank, world, file_bytes)
+        record["weights"] = {n: gathered(p.detach()).clone() for n, p in network.named_parameters()}
+        save(network, out, folder, rank, world, file_bytes)
     return record
 
 

@@ -1,6 +1,6 @@
 r"""Answer checking against a hand-made table, the gold answers of benchmarks, and hostile answers.
 
-The benchmarks' rows are not part of this repository: their tests skip unless they are in data/hub, where
+The benchmarks are not part of this repository: their tests skip unless they are in data/hub, where
 data/download.py puts them, or in the folder named by NANODIRL_BENCHMARKS.
 """
 
@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reward
-from answers import normal_form, number
-from evaluate import Question, read_questions
+from plumbing.answers import is_equivalent, judge_all, normal_form, number
+from reward import Question, Utf8, example, grade, read_questions
 
 # (answer, gold) by category. Written by hand: what a careful teacher would say, not what the code does.
 EQUAL = {
@@ -230,7 +229,7 @@ def cases(table):
 def verdicts():
     """All verdicts of the two tables, in one batch."""
     pairs = [(*pair, None) for table in (EQUAL, UNEQUAL) for pairs in table.values() for pair in pairs]
-    return dict(zip(pairs, reward.judge_all(pairs, seconds=30.0), strict=True))
+    return dict(zip(pairs, judge_all(pairs, seconds=30.0), strict=True))
 
 
 @pytest.mark.parametrize(("answer", "gold"), cases(EQUAL))
@@ -246,9 +245,9 @@ def test_unequal(verdicts, answer, gold):
 
 
 def test_verdicts_do_not_depend_on_the_side_for_most_pairs():
-    """What only one side writes is never held against it, whichever side that is, but two kinds of it."""
+    """What only one side writes is never held against it, whichever side that is; two kinds excepted."""
     pairs = [pair for name, pairs in EQUAL.items() if "equations" not in name for pair in pairs]
-    verdicts = reward.judge_all([(gold, answer, None) for answer, gold in pairs], seconds=30.0)
+    verdicts = judge_all([(gold, answer, None) for answer, gold in pairs], seconds=30.0)
     one_way = {pair for pair, verdict in zip(pairs, verdicts, strict=True) if not verdict.equal}
     # An answer may name by an expression what the question asked for; the gold answer says the question.
     assert one_way == {("m+n=113", "113"), ("2 + 3 = 5", "5")}
@@ -270,7 +269,7 @@ def test_verdicts_do_not_depend_on_the_side_for_most_pairs():
     ],
 )
 def test_tolerance(answer, gold, tolerance, equal):
-    assert reward.is_equivalent(answer, gold, 30.0, tolerance) is equal
+    assert is_equivalent(answer, gold, 30.0, tolerance) is equal
 
 
 # ------------------------------------------------------------------------------------------- hostile
@@ -311,7 +310,7 @@ def test_every_hostile_answer_is_wrong_and_decided():
     start = time.monotonic()
     pairs = [(answer, gold, None) for answer in HOSTILE for gold in (r"\frac{3x}{7}", r"\{3, y\}")]
     pairs.append(("2x", "x + x", None))
-    verdicts = reward.judge_all(pairs, seconds=0.5)
+    verdicts = judge_all(pairs, seconds=0.5)
     assert len(HOSTILE) >= 50
     assert [verdict.equal for verdict in verdicts] == [False] * (len(pairs) - 1) + [True]
     assert not any("died" in verdict.why for verdict in verdicts)
@@ -334,7 +333,7 @@ SOUP = st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join)
 def test_any_text_gets_a_verdict(answer, gold):
     """Two of one spelling are equal, none is equal to nothing, and no comparison ends a worker."""
     pairs = [(answer, gold, None), (answer, answer, None), ("", gold, None)]
-    verdicts = reward.judge_all(pairs, seconds=1.0)
+    verdicts = judge_all(pairs, seconds=1.0)
     assert not any("died" in verdict.why for verdict in verdicts)
     assert verdicts[1].equal == bool(answer.strip())
     assert not verdicts[2].equal
@@ -353,8 +352,8 @@ def test_fractions_are_equal_when_python_says_so(a, b):
         return f"{value.numerator:,} / {value.denominator}"
 
     for form in range(3):
-        assert reward.is_equivalent(latex(a, form), latex(a, 0))
-        assert reward.is_equivalent(latex(a, form), latex(b, 0)) == (a == b)
+        assert is_equivalent(latex(a, form), latex(a, 0))
+        assert is_equivalent(latex(a, form), latex(b, 0)) == (a == b)
 
 
 @settings(max_examples=100, deadline=None)
@@ -370,9 +369,9 @@ def test_a_normal_form_stays_short_and_may_be_a_number(text):
 def test_order_matters_in_tuples_only(values, rng):
     shuffled = rng.sample(values, len(values))
     a, b = (", ".join(map(str, v)) for v in (values, shuffled))
-    assert reward.is_equivalent(b, a) and reward.is_equivalent(rf"\{{{b}\}}", rf"\{{{a}\}}")
-    assert reward.is_equivalent(f"({b})", f"({a})") == (values == shuffled)
-    assert not reward.is_equivalent(f"{b}, {values[0]}", a)
+    assert is_equivalent(b, a) and is_equivalent(rf"\{{{b}\}}", rf"\{{{a}\}}")
+    assert is_equivalent(f"({b})", f"({a})") == (values == shuffled)
+    assert not is_equivalent(f"{b}, {values[0]}", a)
 
 
 # ---------------------------------------------------------------------------------------- benchmarks
@@ -408,15 +407,11 @@ def restyled(gold: str) -> str:
 def test_a_gold_answer_is_right(name, style):
     asked = questions(name)
     texts = [f"We get 7, no, wait. Hence the answer is $\\boxed{{{style(q.gold)}}}$." for q in asked]
-    count = len(texts)
-    graded = reward.grade_all(
-        texts, [q.gold for q in asked], tolerances=[q.tolerance for q in asked], num_tokens=[9] * count,
-        truncated=[False] * count, tokens_per_forward=[1.0] * count, block_size=4,
-    )  # fmt: skip
-    assert [g.gold for g in graded if not g.correct] == []
+    graded = grade([example(text) for text in texts], asked, Utf8(), block_size=4)
+    assert [g.question.gold for g in graded if not g.correct] == []
 
 
-# Equal but for what the question settles: a unit, a degree sign, the name of the unknown.
+# Equal except for what the question settles: a unit, a degree sign, the name of the unknown.
 TRULY_EQUAL = {
     frozenset(pair)
     for pair in [
@@ -433,6 +428,6 @@ def test_a_gold_answer_is_wrong_for_other_questions(name):
     pairs = []
     for i, q in enumerate(asked):
         pairs += [(other.gold, q.gold, q.tolerance) for other in rng.sample(asked[:i] + asked[i + 1 :], 20)]
-    verdicts = reward.judge_all(pairs, seconds=30.0)
+    verdicts = judge_all(pairs, seconds=30.0)
     accepted = {frozenset(p[:2]) for p, v in zip(pairs, verdicts, strict=True) if v.equal and p[0] != p[1]}
     assert accepted <= TRULY_EQUAL

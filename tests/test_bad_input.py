@@ -1,11 +1,10 @@
 """What a user gets wrong ends in one line that names the place and code 2, nothing half-written.
 
-Most cases call a script's `main` through `run_script` in this process, which is what the command
-line does; a few of each script are real processes.
+Most cases read the arguments and call a script's `main` through `run_script` in this process, which
+is what the command line does; a few of each script are real processes.
 """
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -21,10 +20,13 @@ import pytest
 import tiny as tiny_task
 from safetensors.torch import load_file, save_file
 
-import model
-from evaluate import run_script
+import dipo
+import evaluate
+import sft
+from plumbing.checkpoint import tiny
+from plumbing.common import ROOT, run_script
+from plumbing.config import load_config, read_arguments
 
-ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -39,6 +41,11 @@ DEFAULTS = {  # a run of every script that works, and takes a fraction of a seco
     "dipo": ["steps=1", "groups=1", "group_size=4", "max_tokens=16", "max_rounds=4"]
     + ["rewards.speed=1", "threshold=0.005"],
     "evaluate": ["max_tokens=8", "limit=2"],
+}
+SCRIPTS = {  # main, and what reads its arguments
+    "sft": (sft.main, sft.SFTConfig, None),
+    "dipo": (dipo.main, dipo.DiPOConfig, None),
+    "evaluate": (evaluate.main, evaluate.EvalConfig, evaluate.PROTOCOLS),
 }
 
 
@@ -62,7 +69,7 @@ class Place:
         return Path(shutil.copytree(self.model, self.folder / "model"))
 
     def command(self, script: str, *changes: str) -> list[str]:
-        """Arguments of a run that works, but for the changes."""
+        """Arguments of a run that works, except for the changes."""
         data = self.sft if script == "sft" else self.questions
         good = [f"model={self.model}", f"data={data}", f"out={self.out}", *DEFAULTS[script]]
         return good + list(changes)
@@ -71,7 +78,7 @@ class Place:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    model.tiny(folder / "model", **SMALL)
+    tiny(folder / "model", **SMALL)
     options = ["--out", str(folder), "--sft", "8", "--rl", "8", "--validation", "2", "--test", "4"]
     tiny_task.main(options)
     return folder
@@ -80,6 +87,13 @@ def good(tmp_path_factory) -> Path:
 @pytest.fixture
 def place(tmp_path, good) -> Place:
     return Place(tmp_path, good)
+
+
+def run_here(script: str, argv: list[str]) -> None:
+    """A run in this process that has to work."""
+    main, config_class, presets = SCRIPTS[script]
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        main(load_config(config_class, argv, presets))
 
 
 def the_error(code: int | None, stderr: str) -> str:
@@ -95,7 +109,7 @@ def the_error(code: int | None, stderr: str) -> str:
 def refused(place: Place, script: str, *changes: str) -> str:
     """The error line of a run in this process, which leaves nothing behind that looks finished."""
     stderr, code = io.StringIO(), None
-    main = importlib.import_module(script).main
+    main, config_class, presets = SCRIPTS[script]
     argv = [f"{script}.py", *place.command(script, *changes)]
     with (
         patch.object(sys, "argv", argv),
@@ -103,7 +117,7 @@ def refused(place: Place, script: str, *changes: str) -> str:
         contextlib.redirect_stdout(io.StringIO()),
     ):
         try:
-            run_script(main)
+            run_script(main, read_arguments(config_class, presets))
         except SystemExit as exit:
             code = exit.code
     error = the_error(code, stderr.getvalue())
@@ -144,9 +158,7 @@ def assert_names(error: str, *wanted: str) -> None:
 def test_the_command_that_the_cases_change_works(place) -> None:
     for script in ("sft", "dipo", "evaluate"):
         out = place.folder / script
-        argv = place.command(script, f"out={out}")
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script).main(argv)
+        run_here(script, place.command(script, f"out={out}"))
         assert (out / ("summary.json" if script == "evaluate" else "latest/state.json")).exists()
 
 
@@ -207,8 +219,6 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("evaluate", "protocol=best", ["protocol", "best"]),
         ("evaluate", "sweep=[0.5,-1]", ["sweep"]),
         ("evaluate", "sweep=0.5", ["sweep"]),
-        ("evaluate", "compare=[runs/a]", ["compare", "two"]),
-        ("evaluate", "compare=[runs/a,runs/b]", ["runs/a", "no finished evaluation"]),
         ("evaluate", "data=olympiadbench", ["data/hub/olympiadbench.jsonl", "data/download.py"]),
         ("dipo", "rewards.brevity=1", ["rewards", "brevity", "accuracy, speed"]),  # unknown reward
         ("dipo", "group_size=1", ["group_size", "at least 2"]),
@@ -253,9 +263,7 @@ def test_a_bad_option_is_refused_in_one_line(place, arguments) -> None:
 
 @pytest.mark.parametrize("seed", [20240607, 2**62])
 def test_a_large_seed_is_no_bad_input(place, seed) -> None:
-    argv = place.command("dipo", f"seed={seed}")
-    with contextlib.redirect_stderr(io.StringIO()):
-        importlib.import_module("dipo").main(argv)
+    run_here("dipo", place.command("dipo", f"seed={seed}"))
 
 
 # ----------------------------------------------------------------------------------------- the data
@@ -281,8 +289,8 @@ CHAT = json.dumps({"messages": [{"role": "user", "content": "3"}, {"role": "assi
         ("[" * 100_000, ["bad.jsonl", "JSON"]),  # deeper than the parser goes
         ("9" * 5_000 + "\n", ["bad.jsonl:1"]),  # more digits than Python converts
     ],
-    ids=["empty", "blank", "no-rows", "half-a-line", "half-a-list", "row-list", "row-text",
-         "row-number", "utf-16", "not-utf-8", "deep", "digits"],
+    ids=["empty", "blank", "no-records", "half-a-line", "half-a-list", "list", "text",
+         "number", "utf-16", "not-utf-8", "deep", "digits"],
 )  # fmt: skip
 def test_an_unreadable_data_file_is_named(place, script, content, wanted) -> None:
     file = place.write("bad.jsonl", content)
@@ -296,7 +304,7 @@ def test_a_missing_data_file_is_named(place, script) -> None:
 
 @pytest.mark.parametrize("script", ["dipo", "evaluate"])
 @pytest.mark.parametrize(
-    ("row", "wanted"),
+    ("record", "wanted"),
     [
         ('{"question": "3+8?"', ["JSON"]),
         ('{"question": "3+8?"}', ["answer"]),
@@ -310,13 +318,13 @@ def test_a_missing_data_file_is_named(place, script) -> None:
         ('{"question": "\\ud800?", "answer": "11"}', []),  # half a character
     ],
 )
-def test_a_bad_question_is_named_by_its_line(place, script, row, wanted) -> None:
-    file = place.write("bad.jsonl", QUESTION + row + "\n" + QUESTION)
+def test_a_bad_question_is_named_by_its_line(place, script, record, wanted) -> None:
+    file = place.write("bad.jsonl", QUESTION + record + "\n" + QUESTION)
     assert_names(refused(place, script, f"data={file}"), "bad.jsonl:2", *wanted)
 
 
 @pytest.mark.parametrize(
-    ("row", "wanted"),
+    ("record", "wanted"),
     [
         (CHAT[:-3], ["JSON"]),
         (QUESTION.strip(), ["messages", "prompt"]),  # a format, but another one
@@ -334,15 +342,15 @@ def test_a_bad_question_is_named_by_its_line(place, script, row, wanted) -> None
         (CHAT.replace('"3"', '"' + "3" * 300 + '"'), ["max_tokens", "256"]),  # too long
     ],
 )
-def test_a_bad_training_row_is_named_by_its_line(place, row, wanted) -> None:
-    file = place.write("bad.jsonl", CHAT + "\n" + row + "\n" + CHAT + "\n")
+def test_a_bad_training_record_is_named_by_its_line(place, record, wanted) -> None:
+    file = place.write("bad.jsonl", CHAT + "\n" + record + "\n" + CHAT + "\n")
     assert_names(refused(place, "sft", f"data={file}"), "bad.jsonl:2", *wanted)
 
 
 @pytest.mark.parametrize("script", ["dipo", "evaluate"])
 def test_a_prompt_longer_than_the_model_s_positions(place, script) -> None:
-    row = {"question": "3+" * 70 + "8?", "ground_truth_answer": "11"}
-    file = place.write("long.jsonl", json.dumps(row))
+    record = {"question": "3+" * 70 + "8?", "ground_truth_answer": "11"}
+    file = place.write("long.jsonl", json.dumps(record))
     assert_names(refused(place, script, f"data={file}"), "prompt", "128 positions")
 
 
@@ -440,8 +448,7 @@ def test_a_damaged_checkpoint_is_named(place, script, damage, wanted) -> None:
 def test_a_run_whose_checkpoint_is_damaged_cannot_be_resumed(place, damage, wanted) -> None:
     other = Place(place.folder, place.model.parent)
     other.out = place.folder / "done"
-    with contextlib.redirect_stderr(io.StringIO()):
-        importlib.import_module("sft").main(other.command("sft"))
+    run_here("sft", other.command("sft"))
     damage(other.out / "checkpoints" / "step-000001")
     error = refused(place, "sft", f"out={other.out}", "resume=true", "steps=2")
     assert_names(error, "step-000001", *wanted)
@@ -452,9 +459,7 @@ def test_a_run_whose_checkpoint_is_damaged_cannot_be_resumed(place, damage, want
 
 
 def test_a_run_is_not_overwritten(place) -> None:
-    sft = importlib.import_module("sft")
-    with contextlib.redirect_stderr(io.StringIO()):
-        sft.main(place.command("sft"))
+    run_here("sft", place.command("sft"))
     before = {f: f.read_bytes() for f in place.out.rglob("*") if f.is_file()}
     error, _ = refused_process(place, "sft")
     assert_names(error, str(place.out), "resume=true")
@@ -519,4 +524,4 @@ def test_rollout_refuses_in_one_line(arguments) -> None:
     command = [sys.executable, "rollout.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     error = the_error(done.returncode, done.stderr)
-    assert_names(error, arguments[0] if arguments else "CHECKPOINT")
+    assert_names(error, *(arguments[:1] or ["checkpoint", "question"]))

@@ -1,7 +1,6 @@
 """How sequences are dealt out to ranks: evenly, in step, and each with what belongs to it."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +8,9 @@ import torch
 from conftest import random_rollout
 from torch.distributed.fsdp import fully_shard
 
-import sft
-from masking import plan_ranks, replay
+from masking import replay
+from plumbing.balance import plan_ranks
+from plumbing.ranks import micro_batches
 
 
 def log_normal(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_the_size_that_is_planned_with_is_that_of_the_packed_row():
     for seed in range(20):
         r = random_rollout(random.Random(seed), block_size=4)
         size = len(r.prompt_ids) + len(r.response_ids) + 4 * r.num_steps
-        assert size == len(replay(r, 4, weight=1.0))
+        assert size == replay(r, 4, weight=1.0).num_tokens
 
 
 def test_gradients_are_summed_over_ranks_in_the_last_pass_only():
@@ -103,9 +103,8 @@ def test_gradients_are_summed_over_ranks_in_the_last_pass_only():
         torch.manual_seed(1)
         model = torch.nn.Linear(4, 2)
         fully_shard(model)
-        run = SimpleNamespace(model=model, config=SimpleNamespace(reduce_once=once))
         reduced[once] = []
-        for row in sft.micro_batches(run, rows):
+        for row in micro_batches(model, rows, reduce_once=once):
             model(row).square().sum().backward()
             reduced[once].append(model.weight.grad is not None)
         found[once] = model.weight.grad.full_tensor()

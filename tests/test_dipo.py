@@ -4,58 +4,63 @@ The oracle of the gradients scores every view by itself: earlier blocks clean, t
 seen, one forward without packing, and the loss added up action by action as the formulas say.
 """
 
-import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, Trainer, rollout_of
+from data_rows import write_task
 
+import dipo
 import model
+import sft
 from dipo import (
     DiPOConfig,
     Group,
     action_weight,
-    advantages,
     collect_groups,
     dipo_loss,
-    is_useful,
+    group_advantages,
+    make_group,
     pack_groups,
     sample_groups,
-    update_policy,
 )
-from evaluate import Answer, Question, load_config
-from masking import InputError, noise
-from model import tiny
-from reward import Graded
-from rollout import Decoding, Rollout
-from sft import Example, Run, SFTConfig, data_order, read_examples, sft_step
+from masking import noise
+from plumbing.checkpoint import named_weights, tiny
+from plumbing.common import DataOrder, InputError, read_records
+from plumbing.config import load_config
+from reward import Graded, Question, read_questions
+from rollout import Rollout
+from sft import Example, SFTConfig, read_examples
 
 BLOCK = 4
-HOW = Decoding(rule="dynamic", threshold=0.5, max_tokens=10)
+DECODING = {"threshold": 0.5, "max_tokens": 10}  # of the rollouts
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("dipo") / "tiny", **TINY)
+    """A checkpoint; beside it the data files that a config has to name."""
+    place = tmp_path_factory.mktemp("dipo")
+    write_task(place)
+    return tiny(place / "tiny", **TINY)
 
 
-def start(config_class, folder, out, **changes):
-    """(run, config); gradients are not clipped unless asked for, and are kept in run.gradients."""
-    changes = {"lr": 1e-3, "max_grad_norm": 1e9, "steps": 10} | changes
-    overrides = [f"{k}={v}" for k, v in changes.items()]
-    config = load_config(config_class, [f"model={folder}", f"out={out}", *overrides])
-    run = Run(config)
-    run.gradients = []
+def configured(config_class, folder, out, **changes):
+    """A config that clips no gradient unless asked for."""
+    common = {"model": folder, "out": out, "lr": 1e-3, "max_grad_norm": 1e9, "steps": 10}
+    if config_class is DiPOConfig:
+        own = DECODING | {"data": folder.with_name("rl.jsonl")}
+    else:
+        own = {"data": folder.with_name("sft.jsonl")}
+    overrides = [f"{k}={v}" for k, v in (common | own | changes).items()]
+    return load_config(config_class, overrides)
 
-    def keep(*_):
-        named = run.model.named_parameters()
-        run.gradients.append({n: p.grad.detach().clone() for n, p in named})
 
-    run.optimizer.register_step_pre_hook(keep)
-    return run, config
+def start(config_class, folder, out, **changes) -> Trainer:
+    """A trainer with such a config; it keeps its gradients."""
+    return Trainer(configured(config_class, folder, out, **changes))
 
 
 def assert_same(found: dict, wanted: dict, tolerance: float = 1e-5) -> None:
@@ -87,19 +92,19 @@ class BlockCausal:
         return (weights @ v).transpose(1, 2)
 
 
-def probabilities(network, before: list[int], block: list[int], temperature=1.0) -> torch.Tensor:
+def probabilities(network, before: list[int], block: list[int]) -> torch.Tensor:
     """[B, V] at the tokens of `block`, after whole clean blocks."""
     ids = before + block
     hidden = network.model(
         input_ids=torch.tensor([ids]),
         position_ids=torch.arange(len(ids))[None],
         use_cache=False,
-        visible=BlockCausal(len(ids)),
+        attention=BlockCausal(len(ids)),
     ).last_hidden_state[0]
-    return (network.lm_head(hidden[-BLOCK:]) / temperature).softmax(-1)
+    return network.lm_head(hidden[-BLOCK:]).softmax(-1)
 
 
-def action_logprobs(network, r: Rollout, mask_id: int, how: Decoding, exact: bool):
+def action_logprobs(network, r: Rollout, mask_id: int, exact: bool):
     """log-probability of every action of a trajectory, one (block, step) after the other."""
     ids = r.prompt_ids + r.response_ids
     steps = [0] * len(r.prompt_ids) + r.steps
@@ -108,56 +113,77 @@ def action_logprobs(network, r: Rollout, mask_id: int, how: Decoding, exact: boo
         begin = steps.index(step) // BLOCK * BLOCK
         block = range(begin, begin + BLOCK)
         seen = [ids[i] if steps[i] < step else mask_id for i in block]
-        p = probabilities(network, ids[:begin], seen, how.temperature)
+        p = probabilities(network, ids[:begin], seen)
         revealed = [p[i - begin, ids[i]] for i in block if steps[i] == step]
         found += [q.log() for q in revealed]
         least = min(q.item() for q in revealed)
-        bound = how.threshold if least >= how.threshold else least
+        bound = DECODING["threshold"] if least >= DECODING["threshold"] else least
         if exact:
             for i in block:
                 if steps[i] > step:
-                    row = p[i - begin]
-                    found.append(row[row.detach() < bound].sum().log())
+                    q = p[i - begin]
+                    found.append(q[q.detach() < bound].sum().log())
     return found
 
 
 # -------------------------------------------------------------------------------- formulas by hand
 
 
-def make_group(totals, tokens=None, rewards=None) -> Group:
-    """A group of which only rewards and lengths matter."""
-    answers = []
-    for n in tokens or [BLOCK] * len(totals):
-        graded = Graded("", None, "1", False, n, False, 1.0, BLOCK)
-        answers.append(Answer(Rollout.of([1] * BLOCK, [2] * n), graded))
-    rewards = rewards or [{"accuracy": t} for t in totals]
-    return Group(0, Question("q", "1"), answers, rewards, list(totals))
+def rewarded(totals) -> list[dict[str, float]]:
+    """Rewards with these totals."""
+    return [{"accuracy": total} for total in totals]
+
+
+def graded_response(correct: bool = False, tokens: int = BLOCK, answer: str | None = "1") -> Graded:
+    """A graded rollout of that many tokens, a step for each."""
+    rollout = rollout_of([1] * BLOCK, [2] * tokens)
+    return Graded(rollout, Question("q", "1"), "", answer, correct, BLOCK)
+
+
+def group_of(tokens: list[int]) -> Group:
+    """A group of which only the lengths matter."""
+    none = [0.0] * len(tokens)
+    return Group(0, [graded_response(tokens=n) for n in tokens], rewarded(none), none, none)
 
 
 def test_advantages_by_hand():
-    group = make_group([1.0, 0.0, 0.0, 0.0])
+    totals = [1.0, 0.0, 0.0, 0.0]
     root = math.sqrt(3) / 4  # standard deviation of 1, 0, 0, 0
     config = DiPOConfig()
-    assert advantages(group, config) == pytest.approx([0.75 / root] + [-0.25 / root] * 3)
+    wanted = [0.75 / root] + [-0.25 / root] * 3
+    assert group_advantages(rewarded(totals), totals, config) == pytest.approx(wanted)
     config.advantage_std = False
-    assert advantages(group, config) == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert group_advantages(rewarded(totals), totals, config) == pytest.approx([0.75, -0.25, -0.25, -0.25])
 
 
 def test_advantages_without_spread_are_zero():
     for config in (DiPOConfig(), DiPOConfig(advantage_std=False)):
-        assert advantages(make_group([0.3] * 3), config) == [0, 0, 0]
-        assert not is_useful(make_group([0.3] * 3), config)
-        assert is_useful(make_group([0.3, 0.3, 0.4]), config)
+        assert group_advantages(rewarded([0.3] * 3), [0.3] * 3, config) == [0, 0, 0]
+        assert any(group_advantages(rewarded([0.3, 0.3, 0.4]), [0.3, 0.3, 0.4], config))
+        assert not make_group(0, [graded_response(False)] * 3, config).useful
+        assert make_group(0, [graded_response(c) for c in (False, False, True)], config).useful
 
 
-def test_advantages_of_each_reward_for_itself():
+def test_advantages_of_each_reward_separately():
     rewards = [{"accuracy": a, "speed": s} for a, s in ((1, 3), (1, 1), (1, 2), (1, 2))]
     weights = {"accuracy": 5.0, "speed": 0.5}
     totals = [sum(weights[n] * r[n] for n in weights) for r in rewards]
     config = DiPOConfig(rewards=weights, normalize_each=True)
     # accuracy has no spread and adds nothing; speed: mean 2, standard deviation sqrt(1/2)
     wanted = [0.5 * math.sqrt(2) * d for d in (1, -1, 0, 0)]
-    assert advantages(make_group(totals, rewards=rewards), config) == pytest.approx(wanted)
+    assert group_advantages(rewards, totals, config) == pytest.approx(wanted)
+
+
+def test_a_group_holds_what_became_of_its_rollouts():
+    graded = [graded_response(True, 8), graded_response(False, 4), graded_response(False, 4, answer=None)]
+    config = DiPOConfig(rewards={"accuracy": 2.0, "boxed": 5.0})
+    group = make_group(7, graded, config)
+    assert group.number == 7 and group.graded == graded and group.trajectory_tokens == 16
+    assert [r["accuracy"] for r in group.rewards] == [1, 0, 0]
+    assert [r["boxed"] for r in group.rewards] == [0.1, 0.1, 0]
+    assert group.totals == pytest.approx([2.5, 0.5, 0.0])
+    root = math.sqrt((1.5**2 + 0.5**2 + 1) / 3)  # standard deviation of 2.5, 0.5, 0
+    assert group.advantages == pytest.approx([1.5 / root, -0.5 / root, -1 / root])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -202,7 +228,7 @@ def test_loss_is_the_formula_action_by_action(beta):
 
 def test_weights_are_the_three_normalisers():
     lengths = [[4, 8, 12], [20, 4, 4]]
-    groups = [make_group([1.0, 0, 0], tokens) for tokens in lengths]
+    groups = [group_of(tokens) for tokens in lengths]
     value = {(g, i): 1.0 + g + 0.3 * i for g in range(2) for i in range(3)}  # of each of its tokens
     direct = {
         "group": sum(
@@ -233,32 +259,31 @@ SPEED = {"rewards.accuracy": 0, "rewards.speed": 1.0}
 def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
     # Two rollouts of a question are often equally fast; such groups are no use.
     settings = SPEED | {"groups": 6, "group_size": 2, "max_rounds": 20}
-    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
-    engine = run.make_engine()
-    order = data_order(len(QUESTIONS), config.seed, 0)
-    kept, figures = collect_groups(run, engine, QUESTIONS, order, config, HOW)
+    trainer = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    config, engine = trainer.config, trainer.engine()
+    order = DataOrder(len(QUESTIONS), config.seed)
+    kept, figures = collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config)
 
-    order = data_order(len(QUESTIONS), config.seed, 0)
-    numbers = [(i, next(order)) for i in range(run.cursor)]
-    everything = sample_groups(run, engine, QUESTIONS, numbers, config, HOW)
+    again = DataOrder(len(QUESTIONS), config.seed).take(order.cursor)
+    everything = sample_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, again, config)
     useful = [max(g.totals) - min(g.totals) > 1e-6 for g in everything]
     assert [g.number for g in kept] == [i for i in range(len(useful)) if useful[i]]
-    for found, again in zip(kept, (g for g in everything if is_useful(g, config)), strict=True):
+    for found, again in zip(kept, (g for g in everything if g.useful), strict=True):
         assert found.totals == pytest.approx(again.totals)
-        assert [a.rollout.response_ids for a in found.answers] == [
-            a.rollout.response_ids for a in again.answers
+        assert [g.rollout.response_ids for g in found.graded] == [
+            g.rollout.response_ids for g in again.graded
         ]
     asked, rounds = 0, 0
     while sum(useful[:asked]) < 6:  # as many more as are missing at the rate so far
         rate = max(max(sum(useful[:asked]), 1) / asked, 0.25) if asked else 1.0
         asked += math.ceil((6 - sum(useful[:asked])) / rate)
         rounds += 1
-    assert run.cursor == asked == figures["groups_asked"]
+    assert order.cursor == asked == figures["groups_asked"]
     assert rounds > 1, "the first round should not have sufficed, or the test shows nothing"
     assert figures["groups_kept"] == len(kept) >= 6
     totals = [t for g in everything for t in g.totals]
     assert figures["reward"] == pytest.approx(sum(totals) / len(totals))
-    rollouts = [a.rollout for g in everything for a in g.answers]
+    rollouts = [g.rollout for group in everything for g in group.graded]
     steps = sum(r.num_steps for r in rollouts)
     assert figures["tpf"] == pytest.approx(sum(len(r.response_ids) for r in rollouts) / steps)
     shown = sum(r.num_tokens for r in rollouts)
@@ -266,52 +291,54 @@ def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
 
 
 def test_collecting_ends_when_nothing_is_useful(folder, tmp_path):
-    settings = {"groups": 2, "group_size": 2, "max_rounds": 3}
-    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
-    engine = run.make_engine()
-    order = data_order(len(QUESTIONS), config.seed, 0)
+    trainer = start(DiPOConfig, folder, tmp_path / "run", groups=2, group_size=2, max_rounds=3)
+    config, engine = trainer.config, trainer.engine()
+    order = DataOrder(len(QUESTIONS), config.seed)
     with pytest.raises(InputError, match="no useful group among 14 questions in 3 rounds"):
-        collect_groups(run, engine, QUESTIONS, order, config, HOW)
-    assert run.cursor == 2 + 4 + 8, "as many as are missing at the rate so far, at most four times"
+        collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config)
+    assert order.cursor == 2 + 4 + 8, "as many as are missing at the rate so far, at most four times"
 
 
-# ------------------------------------------------------------------------------------ update_policy
+# ------------------------------------------------------------------------------- a step of training
 
 
 @pytest.fixture(scope="module")
 def groups(folder, tmp_path_factory) -> list[Group]:
     """Real rollouts, rewarded by speed: some useful groups, of different lengths."""
     out = tmp_path_factory.mktemp("groups") / "run"
-    run, config = start(DiPOConfig, folder, out, group_size=4, **SPEED)
-    engine = run.make_engine()
-    numbers = [(i, i) for i in range(8)]
-    useful = [g for g in sample_groups(run, engine, QUESTIONS, numbers, config, HOW) if is_useful(g, config)]
+    trainer = start(DiPOConfig, folder, out, group_size=4, **SPEED)
+    asked = [(i, i) for i in range(8)]
+    sampled = sample_groups(
+        trainer.engine(), trainer.model, trainer.tokenizer, QUESTIONS, asked, trainer.config
+    )
+    useful = [g for g in sampled if g.useful]
     assert len(useful) >= 3
     return useful[:3]
 
 
-def old_logprobs(network, groups, mask_id, exact):
+def logprobs_of(network, groups, mask_id, exact):
+    """By group, trajectory and action, without gradient."""
     with torch.no_grad():
-        return [[action_logprobs(network, a.rollout, mask_id, HOW, exact) for a in g.answers] for g in groups]
+        return [[action_logprobs(network, g.rollout, mask_id, exact) for g in gr.graded] for gr in groups]
 
 
 def backward_by_hand(network, groups, config, mask_id, old=None, reference=None) -> float:
-    """The loss, its gradient added to the network's; `old` and `reference` as from old_logprobs."""
+    """The loss, its gradient added to the network's; `old` and `reference` as from logprobs_of."""
     exact, total = config.likelihood == "exact", 0.0
-    all_tokens = sum(len(a.rollout.response_ids) for g in groups for a in g.answers)
+    all_tokens = sum(len(g.rollout.response_ids) for group in groups for g in group.graded)
     for i, group in enumerate(groups):
         mean = sum(group.totals) / len(group.totals)
         std = math.sqrt(sum((t - mean) ** 2 for t in group.totals) / len(group.totals))
-        group_tokens = sum(len(a.rollout.response_ids) for a in group.answers)
-        for k, answer in enumerate(group.answers):
+        group_tokens = sum(len(g.rollout.response_ids) for g in group.graded)
+        for k, graded in enumerate(group.graded):
             advantage = (group.totals[k] - mean) / std
             weight = {
                 "group": 1 / group_tokens / len(groups),
                 "batch": 1 / all_tokens,
-                "sequence": 1 / len(answer.rollout.response_ids) / len(group.answers) / len(groups),
+                "sequence": 1 / len(graded.rollout.response_ids) / len(group.graded) / len(groups),
             }[config.normalizer]
             loss = 0.0
-            for n, now in enumerate(action_logprobs(network, answer.rollout, mask_id, HOW, exact)):
+            for n, now in enumerate(action_logprobs(network, graded.rollout, mask_id, exact)):
                 then = old[i][k][n] if old else now.detach()
                 ratio = (now - then).exp()
                 bounded = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -328,29 +355,29 @@ def backward_by_hand(network, groups, config, mask_id, old=None, reference=None)
 @pytest.mark.parametrize("normalizer", ["group", "batch", "sequence"])
 def test_gradient_is_that_of_a_loop_over_trajectories(folder, tmp_path, groups, likelihood, normalizer):
     settings = {"likelihood": likelihood, "normalizer": normalizer, "group_size": 4}
-    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    trainer = start(DiPOConfig, folder, tmp_path / "run", **settings)
     network = model.load(str(folder))
-    loss = backward_by_hand(network, groups, config, run.mask_id)
-    metrics = update_policy(run, groups, config, HOW)
+    loss = backward_by_hand(network, groups, trainer.config, trainer.mask_id)
+    metrics = trainer.dipo_step(groups)
     assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
-    assert_same(run.gradients[0], gradients_of(network))
+    assert_same(trainer.gradients[0], gradients_of(network))
     assert metrics["gap_max"] < 1e-4
     assert metrics["clip_fraction"] == 0
     assert (metrics["hold_fraction"] > 0) == (likelihood == "exact")
-    norm = math.sqrt(sum(g.square().sum().item() for g in run.gradients[0].values()))
+    norm = math.sqrt(sum(g.square().sum().item() for g in trainer.gradients[0].values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("likelihood", ["tokens", "exact"])
 def test_gradient_does_not_depend_on_packing_or_order(folder, tmp_path, groups, likelihood):
-    found, num_packs = [], []
+    found, num_rows = [], []
     for name, budget, order in (("a", 64, groups), ("b", 100000, groups), ("c", 150, groups[::-1])):
         settings = {"likelihood": likelihood, "group_size": 4, "token_budget": budget}
-        run, config = start(DiPOConfig, folder, tmp_path / name, **settings)
-        num_packs.append(len(pack_groups(run, order, config)[0]))
-        metrics = update_policy(run, order, config, HOW)
-        found.append((metrics, run.gradients[0]))
-    assert num_packs[0] > num_packs[2] > num_packs[1] == 1
+        trainer = start(DiPOConfig, folder, tmp_path / name, **settings)
+        num_rows.append(len(pack_groups(order, trainer.config, BLOCK, trainer.mask_id)))
+        metrics = trainer.dipo_step(order)
+        found.append((metrics, trainer.gradients[0]))
+    assert num_rows[0] > num_rows[2] > num_rows[1] == 1
     for metrics, gradients in found[1:]:
         assert_same(gradients, found[0][1])
         for name in ("loss", "entropy", "hold_fraction", "policy_kl", "train_tokens"):
@@ -359,20 +386,21 @@ def test_gradient_does_not_depend_on_packing_or_order(folder, tmp_path, groups, 
 
 def test_several_updates_go_by_the_policy_before_the_first(folder, tmp_path, groups):
     settings = {"updates": 3, "group_size": 4, "token_budget": 150, "lr": 2e-3, "kl_beta": 0.05}
-    run, config = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    trainer = start(DiPOConfig, folder, tmp_path / "run", **settings)
+    config, mask_id = trainer.config, trainer.mask_id
     reference = tiny(tmp_path / "reference", seed=1, **TINY)
     reference = model.load(str(reference)).requires_grad_(False)
     network = model.load(str(folder))
     betas = (config.adam_beta1, config.adam_beta2)
     adam = torch.optim.AdamW(network.parameters(), lr=config.lr, betas=betas, weight_decay=0)
-    old, refs = (old_logprobs(m, groups, run.mask_id, False) for m in (network, reference))
+    old, refs = (logprobs_of(m, groups, mask_id, False) for m in (network, reference))
 
-    metrics = update_policy(run, groups, config, HOW, reference)
+    metrics = trainer.dipo_step(groups, reference)
     losses = []
     for update in range(3):
-        losses.append(backward_by_hand(network, groups, config, run.mask_id, old, refs))
+        losses.append(backward_by_hand(network, groups, config, mask_id, old, refs))
         # Adam magnifies rounding where a gradient is nearly zero, so later gradients agree less.
-        assert_same(run.gradients[update], gradients_of(network), 1e-5 if update == 0 else 5e-3)
+        assert_same(trainer.gradients[update], gradients_of(network), 1e-5 if update == 0 else 5e-3)
         adam.step()
         adam.zero_grad()
     assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
@@ -381,18 +409,18 @@ def test_several_updates_go_by_the_policy_before_the_first(folder, tmp_path, gro
 
 
 def test_an_update_makes_the_rewarded_trajectories_likelier(folder, tmp_path, groups):
-    run, config = start(DiPOConfig, folder, tmp_path / "run", group_size=4, likelihood="exact")
+    trainer = start(DiPOConfig, folder, tmp_path / "run", group_size=4, likelihood="exact")
 
     def value():
-        logprobs = old_logprobs(run.model, groups, run.mask_id, True)
+        logprobs = logprobs_of(trainer.model, groups, trainer.mask_id, True)
         return sum(
-            a * sum(row)
-            for group, rows in zip(groups, logprobs, strict=True)
-            for a, row in zip(advantages(group, config), rows, strict=True)
+            a * sum(of_trajectory)
+            for group, of_group in zip(groups, logprobs, strict=True)
+            for a, of_trajectory in zip(group.advantages, of_group, strict=True)
         )
 
     before = value()
-    update_policy(run, groups, config, HOW)
+    trainer.dipo_step(groups)
     assert value() > before
 
 
@@ -404,10 +432,10 @@ def examples(sizes=((3, 9), (8, 8), (1, 15), (6, 2), (10, 10))) -> list[Example]
     return [Example(rng.integers(0, 250, p + r).tolist(), p) for p, r in sizes]
 
 
-def sft_by_hand(network, batch, numbers, config, mask_id) -> float:
+def sft_by_hand(network, batch, config, mask_id) -> float:
     """- 1/R sum over views / number of views, over masked i, 1/t log p(x_i | view)."""
-    response_tokens, total = sum(len(e.ids) - e.prompt_tokens for e in batch), 0.0
-    for number, e in zip(numbers, batch, strict=True):
+    response_tokens, total = sum(len(e.ids) - e.prompt_tokens for _, e in batch), 0.0
+    for number, e in batch:
         rng = np.random.default_rng([config.seed, 1, number])
         noised = noise(
             e.ids, e.prompt_tokens, BLOCK, rng, config.noise_per, config.views,
@@ -437,32 +465,32 @@ def sft_by_hand(network, batch, numbers, config, mask_id) -> float:
     ],
 )
 def test_sft_step_is_a_loop_over_views(folder, tmp_path, noising):
-    batch, numbers = examples(), [7, 8, 9, 10, 11]
+    batch = list(enumerate(examples(), start=7))
     found = []
     for budget in (30, 100000):
-        run, config = start(SFTConfig, folder, tmp_path / str(budget), token_budget=budget, **noising)
-        found.append((sft_step(run, config, batch, numbers), run.gradients[0]))
+        trainer = start(SFTConfig, folder, tmp_path / str(budget), token_budget=budget, **noising)
+        found.append((trainer.sft_step(batch), trainer.gradients[0]))
     network = model.load(str(folder))
-    loss = sft_by_hand(network, batch, numbers, config, run.mask_id)
+    loss = sft_by_hand(network, batch, trainer.config, trainer.mask_id)
     for metrics, gradients in found:
         assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
         assert_same(gradients, gradients_of(network))
-    moved = dict(run.model.named_parameters())
+    moved = dict(trainer.model.named_parameters())
     assert all(not torch.equal(p, moved[n]) for n, p in network.named_parameters()), "it stepped"
 
 
 def test_the_last_block_is_filled_and_its_filling_is_trained(folder, tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     turns = [{"role": "user", "content": "1+2?"}, {"role": "assistant", "content": "3"}]
-    rows = [{"messages": turns}, {"prompt": "ab", "response": "cd<|im_end|>"}]
-    rows.append({"prompt": "abc", "response": "defg"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [{"messages": turns}, {"prompt": "ab", "response": "cd<|im_end|>"}]
+    records.append({"prompt": "abc", "response": "defg"})
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     chat, *others = read_examples(str(path), tokenizer, 8, 64)
     text = "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text)["input_ids"]
-    answer = prompt + tokenizer("3")["input_ids"] + [end]
-    assert chat == Example(answer + [pad] * (-len(answer) % 8), len(prompt))
+    ids = prompt + tokenizer("3")["input_ids"] + [end]
+    assert chat == Example(ids + [pad] * (-len(ids) % 8), len(prompt))
     abcdefg = tokenizer("abcdefg")["input_ids"]
     # an end that is there already is not doubled, and a full block gets no filling
     assert others[0] == Example(abcdefg[:4] + [end] + [pad] * 3, 2)
@@ -471,22 +499,65 @@ def test_the_last_block_is_filled_and_its_filling_is_trained(folder, tmp_path, t
     scored = np.zeros(8, int)
     for number in range(200):
         views = noise(others[0].ids, 2, 8, np.random.default_rng(number))
-        scored += views.scored.sum(0)
-        assert (
-            views.targets[views.scored] == np.broadcast_to(views.ids, (len(views.block), 8))[views.scored]
-        ).all()
+        scored += views.is_scored.sum(0)
+        clean = np.broadcast_to(views.ids, (len(views.block), 8))
+        assert (views.targets[views.is_scored] == clean[views.is_scored]).all()
     assert (scored[:2] == 0).all() and (scored[2:] > 60).all()
 
 
 def test_settings_of_the_loss_reach_it(folder, tmp_path, groups):
     """KL to a reference, and the temperature of the policy, change the gradient as they should."""
-    how = dataclasses.replace(HOW, temperature=1.3)
     reference = tiny(tmp_path / "reference", seed=1, **TINY)
     reference = model.load(str(reference)).requires_grad_(False)
     found = {}
-    for name, beta, decoding in (("plain", 0, HOW), ("kl", 0.5, HOW), ("warm", 0, how)):
-        run, config = start(DiPOConfig, folder, tmp_path / name, group_size=4, kl_beta=beta)
-        update_policy(run, groups, config, decoding, reference if beta else None)
-        found[name] = run.gradients[0]["lm_head.weight"]
+    for name, beta, temperature in (("plain", 0, 1.0), ("kl", 0.5, 1.0), ("warm", 0, 1.3)):
+        settings = {"group_size": 4, "kl_beta": beta, "temperature": temperature}
+        trainer = start(DiPOConfig, folder, tmp_path / name, **settings)
+        trainer.dipo_step(groups, reference if beta else None)
+        found[name] = trainer.gradients[0]["lm_head.weight"]
     for name in ("kl", "warm"):
         assert (found[name] - found["plain"]).norm() > 0.01 * found["plain"].norm(), name
+
+
+# ---------------------------------------------------------------------------------------- the loops
+
+
+def assert_same_run(out, trainer: Trainer, figures: list[dict]) -> None:
+    """The run in `out` logged these figures and ended with the trainer's weights, bit by bit."""
+    logged = [record for _, record in read_records(out / "metrics.jsonl")]
+    assert [{name: record[name] for name in figures[0]} for record in logged] == figures
+    saved = dict(model.load(out / "latest").named_parameters())
+    assert all(torch.equal(p, saved[n]) for n, p in trainer.model.named_parameters())
+
+
+SCHEDULE = {"steps": 3, "schedule": "cosine", "warmup_steps": 2, "max_grad_norm": 0.5}
+
+
+def test_the_loop_of_sft_makes_these_steps(folder, tmp_path):
+    settings = SCHEDULE | {"batch_size": 5}
+    trainer = start(SFTConfig, folder, tmp_path / "by-hand", **settings)
+    data = read_examples(trainer.config.data, trainer.tokenizer, BLOCK, 1024)
+    order, figures = DataOrder(len(data), trainer.config.seed), []
+    for _ in range(3):
+        figures.append(trainer.sft_step([(number, data[index]) for number, index in order.take(5)]))
+        trainer.step += 1
+    sft.main(configured(SFTConfig, folder, tmp_path / "run", **settings))
+    assert_same_run(tmp_path / "run", trainer, figures)
+
+
+def test_the_loop_of_dipo_makes_these_steps(folder, tmp_path):
+    settings = SCHEDULE | SPEED | {"groups": 2, "group_size": 4, "updates": 2, "kl_beta": 0.1}
+    trainer = start(DiPOConfig, folder, tmp_path / "by-hand", **settings)
+    reference = model.load(str(folder)).requires_grad_(False)
+    questions = read_questions(trainer.config.data)
+    engine, order = trainer.engine(), DataOrder(len(questions), trainer.config.seed)
+    figures = []
+    for _ in range(3):
+        groups, sampled = collect_groups(
+            engine, trainer.model, trainer.tokenizer, questions, order, trainer.config
+        )
+        figures.append(sampled | trainer.dipo_step(groups, reference))
+        engine.update_weights(named_weights(trainer.model))
+        trainer.step += 1
+    dipo.main(configured(DiPOConfig, folder, tmp_path / "run", **settings))
+    assert_same_run(tmp_path / "run", trainer, figures)

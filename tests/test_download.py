@@ -12,7 +12,8 @@ from pathlib import Path
 import download
 import pytest
 
-from evaluate import read_questions
+from plumbing.common import InputError
+from reward import read_questions
 
 SCRIPT = Path(download.__file__)
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -99,7 +100,7 @@ def test_converter_of_sft_sets(row, converted):
 def test_a_row_of_unknown_shape_is_named(tmp_path, row):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([MATH500, row]))
-    with pytest.raises(download.DownloadError, match=r"rows\.json: row 2"):
+    with pytest.raises(InputError, match=r"rows\.json: row 2"):
         download.convert_file(file, download.convert_problem)
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py: statistics against enumeration, interrupted and sharded runs against one whole run."""
+"""evaluate.py, compare.py: statistics against enumeration, interrupted, sharded runs against a whole one."""
 
 import itertools
 import json
@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import compare
 import numpy as np
 import pytest
 import tiny as tiny_task
 
 import evaluate
-import model
-import report
-import reward
-from evaluate import PROTOCOLS, Answer, EvalConfig, load_config
-from masking import InputError
-from rollout import Decoding, Rollout, TorchEngine
+from evaluate import PROTOCOLS, EvalConfig
+from plumbing import report
+from plumbing.checkpoint import stop_ids, tiny
+from plumbing.common import InputError
+from plumbing.config import load_config
+from reward import Graded, Question, Utf8, example, grade
+from rollout import Decoding, TorchEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -100,7 +102,7 @@ def test_a_run_does_not_differ_from_itself():
     [
         (["1", "2", "2"], 1),
         (["3", "1", "2", "1", "3"], 0),  # a tie: the first
-        (["1", " $2$", "2 "], 1),  # the same but for white space and $
+        (["1", " $2$", "2 "], 1),  # the same except for white space and $
         ([None, "x", None], 1),
         ([None, None], None),
     ],
@@ -109,19 +111,18 @@ def test_majority(answers, winner):
     assert report.majority(answers) == winner
 
 
-def answer(box: str | None, gold: str = "2", truncated: bool = False, tokens: int = 4) -> Answer:
-    text = "?" if box is None else f"\\boxed{{{box}}}"
-    graded = reward.grade(
-        text, gold, num_tokens=tokens, truncated=truncated, tokens_per_forward=1.0, block_size=4
-    )
-    return Answer(Rollout.of([0], [0] * tokens), graded)
+def graded(answer: str | None, gold: str = "2", truncated: bool = False, tokens: int = 4) -> Graded:
+    text = "?" if answer is None else f"\\boxed{{{answer}}}"
+    (verdict,) = grade([example(text, truncated=truncated)], [Question("?", gold)], Utf8(), block_size=4)
+    verdict.rollout.num_tokens = tokens
+    return verdict
 
 
 def test_figures_of_several_samples():
     groups = [
-        [answer("2"), answer("2"), answer("3"), answer("4")],
-        [answer("2"), answer("5"), answer("5"), answer(None)],
-        [answer("2", truncated=True), answer("2", truncated=True), answer("7"), answer("9", tokens=8)],
+        [graded("2"), graded("2"), graded("3"), graded("4")],
+        [graded("2"), graded("5"), graded("5"), graded(None)],
+        [graded("2", truncated=True), graded("2", truncated=True), graded("7"), graded("9", tokens=8)],
     ]
     figures = evaluate.full_summary(groups)
     assert figures["accuracy"] == pytest.approx(fmean([2 / 4, 1 / 4, 0]))
@@ -134,10 +135,10 @@ def test_figures_of_several_samples():
 
 
 def test_truncated_samples_have_no_vote():
-    finished = [answer("2"), answer("9")]
-    unfinished = [answer("7", truncated=True), answer("7", truncated=True)]
+    finished = [graded("2"), graded("9")]
+    unfinished = [graded("7", truncated=True), graded("7", truncated=True)]
     assert evaluate.majority_is_right(unfinished + finished)
-    assert not evaluate.majority_is_right([answer("2", truncated=True)] * 3)
+    assert not evaluate.majority_is_right([graded("2", truncated=True)] * 3)
 
 
 def test_benchmarks_count_alike_in_the_average():
@@ -187,7 +188,7 @@ def test_a_protocol_that_was_changed_is_not_called_by_its_name_alone():
         return evaluate.name_protocol(load_config(EvalConfig, [*overrides, "protocol=dirl"], PROTOCOLS))
 
     assert name("seed=3", "rules=[dynamic]") == "dirl"
-    assert name("limit=9", "samples=4", "top_k=50") == "dirl but for samples=4, limit=9"
+    assert name("limit=9", "samples=4", "top_k=50") == "dirl except for samples=4, limit=9"
 
 
 def test_the_shipped_config_is_the_protocol():
@@ -200,7 +201,7 @@ def test_the_shipped_config_is_the_protocol():
 def folder(tmp_path_factory) -> Path:
     """A small model that knows nothing, and questions: 40 in test.jsonl."""
     place = tmp_path_factory.mktemp("place")
-    model.tiny(place / "model", **SMALL)
+    tiny(place / "model", **SMALL)
     tiny_task.main(["--out", str(place), "--sft", "8", "--rl", "8", "--validation", "2", "--test", "40"])
     return place
 
@@ -208,6 +209,10 @@ def folder(tmp_path_factory) -> Path:
 def arguments(folder: Path, out: Path, *changes: str) -> list[str]:
     settings = ["samples=2", "top_k=0", "max_tokens=24", "limit=20", "threshold=0.4", "seed=5"]
     return [f"model={folder}/model", f"data={folder}/test.jsonl", f"out={out}", *settings, *changes]
+
+
+def evaluate_with(*argv: str) -> None:
+    evaluate.main(load_config(EvalConfig, list(argv), PROTOCOLS))
 
 
 def summary_of(out: Path) -> dict:
@@ -228,18 +233,18 @@ def untimed(out: Path) -> tuple[dict, dict[str, list[dict]]]:
         return item
 
     files = sorted(out.glob("responses-*.jsonl"))
-    rows = {f.name: [strip(row) for row in read_lines(f)] for f in files}
-    return strip(summary_of(out)), rows
+    records = {f.name: [strip(record) for record in read_lines(f)] for f in files}
+    return strip(summary_of(out)), records
 
 
 def test_benchmarks_by_name_and_file_in_one_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("data/hub").mkdir(parents=True)
-    row = {"problem": "Half of one?", "answer": r"\frac{1}{2}"}
-    Path("data/hub/math500.jsonl").write_text(json.dumps(row) + "\n")
-    Path("data/hub/aime24.jsonl").write_text(json.dumps(row | {"answer": 204}) + "\n")
+    record = {"problem": "Half of one?", "answer": r"\frac{1}{2}"}
+    Path("data/hub/math500.jsonl").write_text(json.dumps(record) + "\n")
+    Path("data/hub/aime24.jsonl").write_text(json.dumps(record | {"answer": 204}) + "\n")
     data = f"data=[math500,aime24,{folder}/test.jsonl]"
-    evaluate.main(arguments(folder, tmp_path / "out", data, "limit=3"))
+    evaluate_with(*arguments(folder, tmp_path / "out", data, "limit=3"))
     summary = summary_of(tmp_path / "out")
     assert set(summary) == {"config", "static", "dynamic", "benchmarks"}
     for rule in ("static", "dynamic"):
@@ -257,13 +262,13 @@ def test_benchmarks_by_name_and_file_in_one_run(folder, tmp_path, monkeypatch, c
     assert [cell.strip() for cell in measured[1].split("|")][5].split(" / ")[1] == f"{tpf:.1f}"
     assert measured[1].count("| - ") == 4, "three benchmarks that were not measured, hence no mean"
     (caption,) = (line for line in lines if "2512.22234" in line)
-    assert "not measured here" in caption and caption.endswith("this run, protocol none but for limit=3.")
+    assert "not measured here" in caption and caption.endswith("this run, protocol none except for limit=3.")
     assert sum(line.startswith("| mean, ") for line in lines) == 2
 
 
 def test_published_rows_agree_with_their_means():
-    for row in report.PUBLISHED.strip().splitlines():
-        name, *cells, mean = (cell.strip() for cell in row.split("|"))
+    for line in report.PUBLISHED.strip().splitlines():
+        name, *cells, mean = (cell.strip() for cell in line.split("|"))
         assert len(cells) == len(report.BENCHMARKS)
         accuracies = [float(cell.split("/")[0]) for cell in cells]
         assert fmean(accuracies) == pytest.approx(float(mean), abs=0.11), name
@@ -290,7 +295,7 @@ def test_what_is_refused(folder, tmp_path, monkeypatch, changes, wanted):
     monkeypatch.chdir(tmp_path)
     changes = [c.replace("{folder}", str(folder)) for c in changes]
     with pytest.raises(InputError, match=wanted):
-        evaluate.main(arguments(folder, tmp_path / "out", *changes))
+        evaluate_with(*arguments(folder, tmp_path / "out", *changes))
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
@@ -322,7 +327,7 @@ def kill_when(process: subprocess.Popen, file: Path, lines: int) -> None:
 def whole(folder, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    evaluate.main(arguments(folder, out))
+    evaluate_with(*arguments(folder, out))
     return out
 
 
@@ -339,25 +344,25 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_result(folder, whole, tm
     assert 12 <= len(kept) < 40, "it was killed in the middle, twice"
     assert before.startswith(whole_lines)
     part.write_text(before[: before.rindex("\n") + 1] + '{"response_ids": [1, 2')
-    evaluate.main(arguments(folder, out))
+    evaluate_with(*arguments(folder, out))
     assert untimed(out) == untimed(whole)
     finished = {r["seed"]: r for r in read_lines(out / "responses-test-dynamic.jsonl")}
     assert len(finished) == 40
-    for row in kept:
-        assert finished[row["seed"]]["seconds"] == row["seconds"], "kept, not answered again"
-    latest = max(row["seconds"] for row in kept)
+    for record in kept:
+        assert finished[record["seed"]]["seconds"] == record["seconds"], "kept, not answered again"
+    latest = max(record["seconds"] for record in kept)
     assert all(r["seconds"] > latest for s, r in finished.items() if s not in {k["seed"] for k in kept})
     assert not list(out.glob("*.rank*")) and not list(out.glob("*.part"))
 
 
 def test_a_finished_run_is_reported_again_without_new_answers(folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    evaluate.main(arguments(folder, out))
+    evaluate_with(*arguments(folder, out))
     first = summary_of(out)
     asked = []
     generate = TorchEngine.generate
     monkeypatch.setattr(TorchEngine, "generate", lambda e, p, *a: (asked.extend(p), generate(e, p, *a))[1])
-    evaluate.main(arguments(folder, out))
+    evaluate_with(*arguments(folder, out))
     assert asked == [] and summary_of(out) == first
 
 
@@ -369,11 +374,11 @@ def test_one_process_goes_on_from_the_ranks_of_an_interrupted_run(folder, whole,
         lines = (whole / f"responses-test-{rule}.jsonl").read_text().splitlines(keepends=True)
         for rank, share in ((0, lines[:12:2]), (7, lines[1:12:2])):
             file = out / f"responses-test-{rule}.rank{rank}.jsonl"
-            file.write_text("".join(share) + lines[20][:-1])  # complete but for its line break
+            file.write_text("".join(share) + lines[20][:-1])  # complete except for its line break
     asked = []
     generate = TorchEngine.generate
     monkeypatch.setattr(TorchEngine, "generate", lambda e, *a: (asked.append(len(a[0])), generate(e, *a))[1])
-    evaluate.main(arguments(folder, out))
+    evaluate_with(*arguments(folder, out))
     assert asked == [28, 28]
     assert untimed(out) == untimed(whole)
     assert not list(out.glob("*.rank*"))
@@ -384,7 +389,7 @@ def test_answers_of_another_config_are_not_mixed_in(folder, tmp_path, change):
     import shutil
 
     mine = Path(shutil.copytree(folder, tmp_path / "mine"))
-    evaluate.main(arguments(mine, tmp_path / "out"))
+    evaluate_with(*arguments(mine, tmp_path / "out"))
     before = untimed(tmp_path / "out")
     changes = [change]
     if change == "weights":
@@ -394,26 +399,27 @@ def test_answers_of_another_config_are_not_mixed_in(folder, tmp_path, change):
         text = (mine / "test.jsonl").read_text()
         (mine / "test.jsonl").write_text(text.replace("+", "-", 1))
         changes = []
-    with pytest.raises(InputError, match=f"config key {change.split('=')[0]}: .*out holds answers"):
-        evaluate.main(arguments(mine, tmp_path / "out", *changes))
+    with pytest.raises(InputError, match=f"config key {change.split('=')[0]}: .*out holds responses"):
+        evaluate_with(*arguments(mine, tmp_path / "out", *changes))
     assert untimed(tmp_path / "out") == before
-    evaluate.main(arguments(mine, tmp_path / "new", *changes))
+    evaluate_with(*arguments(mine, tmp_path / "new", *changes))
 
 
 def test_a_refused_start_does_not_claim_the_folder(folder, tmp_path):
     with pytest.raises(InputError, match="1024 positions"):
-        evaluate.main(arguments(folder, tmp_path / "out", "max_tokens=2000"))
+        evaluate_with(*arguments(folder, tmp_path / "out", "max_tokens=2000"))
     for file in (tmp_path / "out").glob("responses-*"):
         assert file.stat().st_size == 0
-    evaluate.main(arguments(folder, tmp_path / "out", "rules=[dynamic]", "limit=2"))
+    evaluate_with(*arguments(folder, tmp_path / "out", "rules=[dynamic]", "limit=2"))
 
 
-def test_a_damaged_line_is_named(folder, tmp_path):
-    evaluate.main(arguments(folder, tmp_path / "out", "limit=2"))
+@pytest.mark.parametrize(("line", "why"), [("damaged", "not JSON"), ('{"text": ""}', "not a response")])
+def test_a_damaged_line_is_named(folder, tmp_path, line, why):
+    evaluate_with(*arguments(folder, tmp_path / "out", "limit=2"))
     file = tmp_path / "out" / "responses-test-static.jsonl"
-    file.write_text("damaged\n" + file.read_text())
-    with pytest.raises(InputError, match="responses-test-static.jsonl:1: not an answer"):
-        evaluate.main(arguments(folder, tmp_path / "out", "limit=2"))
+    file.write_text(f"{line}\n" + file.read_text())
+    with pytest.raises(InputError, match=f"responses-test-static.jsonl:1: {why}"):
+        evaluate_with(*arguments(folder, tmp_path / "out", "limit=2"))
 
 
 def test_two_ranks_give_the_summary_of_one_and_go_on_from_one(folder, whole, tmp_path):
@@ -434,16 +440,16 @@ def test_two_ranks_give_the_summary_of_one_and_go_on_from_one(folder, whole, tmp
 
 def test_responses_have_all_that_a_replay_needs(whole):
     for rule in ("static", "dynamic"):
-        rows = read_lines(whole / f"responses-test-{rule}.jsonl")
-        assert [(r["index"], r["sample"]) for r in rows] == list(itertools.product(range(20), range(2)))
-        assert [r["seed"] for r in rows] == list(range(5, 45))
-        for r in rows:
+        records = read_lines(whole / f"responses-test-{rule}.jsonl")
+        assert [(r["index"], r["sample"]) for r in records] == list(itertools.product(range(20), range(2)))
+        assert [r["seed"] for r in records] == list(range(5, 45))
+        for r in records:
             assert len(r["steps"]) == len(r["response_ids"]) and r["steps"][0] >= 1
             assert (r["prompt_tokens"] + len(r["response_ids"])) % 4 == 0, "whole blocks"
             assert r["tpf"] == len(r["steps"]) / len(set(r["steps"]))
         figures = summary_of(whole)["benchmarks"][rule]["test"]
-        assert figures["accuracy"] == fmean(r["correct"] for r in rows)
-        assert figures["tokens"] == pytest.approx(fmean(r["num_tokens"] for r in rows))
+        assert figures["accuracy"] == fmean(r["correct"] for r in records)
+        assert figures["tokens"] == pytest.approx(fmean(r["num_tokens"] for r in records))
 
 
 @pytest.mark.skipif("NANODIRL_BENCHMARKS" not in os.environ, reason="NANODIRL_BENCHMARKS not set")
@@ -451,13 +457,13 @@ def test_math500_is_finished_after_a_kill(folder, tmp_path):
     data = Path(os.environ["NANODIRL_BENCHMARKS"]) / "math500.jsonl"
     if not data.exists():
         pytest.skip("no math500.jsonl in NANODIRL_BENCHMARKS")
-    model.tiny(tmp_path / "model", **SMALL | {"max_position_embeddings": 8192})
+    tiny(tmp_path / "model", **SMALL | {"max_position_embeddings": 8192})
     common = [f"model={tmp_path}/model", f"data={data}", "max_tokens=16", "rules=[dynamic]", "threshold=0.2"]
     part = tmp_path / "killed" / "responses-math500-dynamic.rank0.jsonl"
     kill_when(launch("evaluate.py", *common, f"out={tmp_path}/killed", "max_batch=32"), part, 50)
     assert part.read_bytes().count(b"\n") < 500
     for out in ("killed", "whole"):
-        evaluate.main([*common, f"out={tmp_path}/{out}"])
+        evaluate_with(*common, f"out={tmp_path}/{out}")
     assert untimed(tmp_path / "killed") == untimed(tmp_path / "whole")
     assert summary_of(tmp_path / "whole")["dynamic"]["questions"] == 500
     assert "| **measured** |" in (tmp_path / "whole" / "table.md").read_text()
@@ -469,48 +475,79 @@ def test_math500_is_finished_after_a_kill(folder, tmp_path):
 def write_run(out: Path, verdicts: list[list[bool]], rule: str = "dynamic", question: str = "?") -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text("{}")
-    rows = [
+    records = [
         {"index": i, "sample": j, "question": question, "gold": str(i), "correct": correct}
         for i, group in enumerate(verdicts)
         for j, correct in enumerate(group)
     ]
-    (out / f"responses-x-{rule}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / f"responses-x-{rule}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_two_runs_are_compared_question_by_question(tmp_path, capsys, monkeypatch):
+def test_two_runs_are_compared_question_by_question(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a = [[i % 3 == 0, False] for i in range(40)]
     b = [[i % 3 == 0 or i % 4 == 0] for i in range(40)]
     write_run(Path("a"), a)
     write_run(Path("b"), b)
     write_run(Path("a"), a, "static")  # not in both
-    evaluate.main(["compare=[a,b]"])
-    (row,) = capsys.readouterr().out.splitlines()[2:]
+    (line,) = compare.compare(Path("a"), Path("b")).splitlines()[2:]
     d, low, high, p = report.paired_bootstrap([fmean(g) for g in a], [fmean(g) for g in b])
-    assert row == (
+    assert line == (
         f"| x-dynamic | 40 | {100 * 14 / 80:.1f} % | {100 * 20 / 40:.1f} % | {100 * d:+.1f} "
         f"| {100 * low:+.1f} to {100 * high:+.1f} | {p:.4f} |"
     )
     assert p < 0.01
     write_run(Path("c"), b, question="another?")
     with pytest.raises(InputError, match="c/responses-x-dynamic.jsonl: other questions than a/"):
-        evaluate.main(["compare=[a,c]"])
+        compare.compare(Path("a"), Path("c"))
     write_run(Path("d"), b, "sequential")
     with pytest.raises(InputError, match="a and d have no benchmark and decoding rule in common"):
-        evaluate.main(["compare=[a,d]"])
+        compare.compare(Path("a"), Path("d"))
 
 
-def test_finished_runs_can_be_compared(whole, capsys):
-    evaluate.main([f"compare=[{whole},{whole}]"])
-    rows = capsys.readouterr().out.splitlines()[2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["test-dynamic", "test-static"]
-    assert all("| +0.0 | +0.0 to +0.0 | 1.0000 |" in row for row in rows)
+def run_compare(*runs: str, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmarks/compare.py"), *runs]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
 
 
-def test_a_sweep_is_measured_and_drawn(folder, tmp_path, monkeypatch):
+def test_finished_runs_can_be_compared(whole):
+    done = run_compare(str(whole), str(whole))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == ["test-dynamic", "test-static"]
+    assert all("| +0.0 | +0.0 to +0.0 | 1.0000 |" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("runs", "wanted"),
+    [
+        ([], ["RUN"]),
+        (["runs/a"], ["RUN"]),
+        (["runs/a", "runs/b", "runs/c"], ["runs/c"]),
+        (["runs/a", "runs/b"], ["runs/a", "no finished evaluation"]),
+        (["good", "runs/b"], ["runs/b", "no finished evaluation"]),
+        (["good", "half"], ["half/responses-x-dynamic.jsonl:2", "not JSON"]),
+        (["other", "good"], ["other/responses-x-dynamic.jsonl:1", "'correct'"]),
+    ],
+)
+def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, runs, wanted):
+    for name in ("good", "half", "other"):
+        write_run(tmp_path / name, [[True], [False]])
+    for name, old, new in (("half", "false}", ""), ("other", "correct", "right")):
+        file = tmp_path / name / "responses-x-dynamic.jsonl"
+        file.write_text(file.read_text().replace(old, new))
+    done = run_compare(*runs, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    for text in wanted:
+        assert text in error
+
+
+def test_a_sweep_is_measured_and_plotted(folder, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
-    evaluate.main(arguments(folder, tmp_path / "out", "sweep=[0.9,0.1,0.3]", "limit=12"))
+    evaluate_with(*arguments(folder, tmp_path / "out", "sweep=[0.9,0.1,0.3]", "limit=12"))
     summary = summary_of(tmp_path / "out")
     assert set(summary) == {"config", "static", "dynamic-0.1", "dynamic-0.3", "dynamic-0.9", "benchmarks"}
     tpf = [summary[f"dynamic-{t}"]["tpf"] for t in (0.1, 0.3, 0.9)]
@@ -527,7 +564,7 @@ def test_a_sweep_is_measured_and_drawn(folder, tmp_path, monkeypatch):
 
 
 def test_confidence_is_of_what_is_left_when_tokens_are_banned(tiny_model, tokenizer):
-    engine = TorchEngine(tiny_model, 4, tokenizer.mask_token_id, model.stop_ids(tokenizer))
+    engine = TorchEngine(tiny_model, 4, tokenizer.mask_token_id, stop_ids(tokenizer))
     vocabulary = tiny_model.config.vocab_size
     everything_but = [i for i in range(vocabulary) if i != 65]
     how = Decoding(threshold=0.999, max_tokens=8, banned_ids=everything_but)
@@ -566,8 +603,8 @@ def test_without_arguments_the_demo_is_evaluated_or_asked_for(folder, tmp_path):
     for place in ("dipo", "data"):
         (tmp_path / "runs" / "demo" / place).mkdir(parents=True)
     (tmp_path / "runs/demo/dipo/latest").symlink_to(folder / "model")
-    rows = (folder / "test.jsonl").read_text().splitlines()[:3]
-    (tmp_path / "runs/demo/data/test.jsonl").write_text("\n".join(rows))
+    lines = (folder / "test.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "runs/demo/data/test.jsonl").write_text("\n".join(lines))
     done = run()
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("no arguments: evaluating the demo's checkpoint runs/demo/dipo/latest on")

@@ -9,9 +9,11 @@ import layout
 import pytest
 import torch
 import train_step
-from conftest import TINY, random_rollout
+from conftest import TINY, random_rollout, rollout_of
 
-from masking import HOLD, InputError, dense_mask
+from masking import HOLD, dense_mask
+from model import Sampling
+from plumbing.common import InputError
 
 MASK = 259
 
@@ -34,30 +36,30 @@ def test_rounds_reveal_every_token_once(block_size):
     rollout = random_rollout(random.Random(block_size), block_size, prompt=block_size + 1, blocks=3)
     prompt, length = len(rollout.prompt_ids), len(rollout.prompt_ids + rollout.response_ids)
     passes = layout.rounds(rollout, block_size, mask_id=999)
-    revealed = [i for one in passes for i in one.positions[one.rows][one.weights > 0].tolist()]
+    revealed = [i for one in passes for i in one.positions[one.scored][one.weights > 0].tolist()]
     assert sorted(revealed) == list(range(prompt, length))
     for one in passes:
-        assert (one.ids[one.rows] == 999).all() and (one.targets != HOLD).all()
+        assert (one.ids[one.scored] == 999).all() and (one.targets != HOLD).all()
         assert len(one) == 2 * length
     padded = layout.rounds(rollout, block_size, mask_id=999, pad_to_block_size=True)
     assert len(padded) == block_size
-    assert not any(len(one.rows) and one.weights.any() for one in padded[len(passes) :])
+    assert not any(len(one.scored) and one.weights.any() for one in padded[len(passes) :])
 
 
 def test_rounds_show_the_worked_example():
     """prompt [5 6], response [7 8 9 1 2 3], steps [1 2 3 3 4 3], as in masking.replay."""
-    rollout = layout.Rollout.of([5, 6], [7, 8, 9, 1, 2, 3])
+    rollout = rollout_of([5, 6], [7, 8, 9, 1, 2, 3])
     rollout.steps = [1, 2, 3, 3, 4, 3]
     first, second = layout.rounds(rollout, block_size=4, mask_id=0)
     assert first.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3] + [5, 6, 0, 0, 0, 0, 0, 0]
-    assert first.positions[first.rows][first.weights > 0].tolist() == [2, 4, 5, 7]
+    assert first.positions[first.scored][first.weights > 0].tolist() == [2, 4, 5, 7]
     assert second.ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3] + [5, 6, 7, 0, 9, 1, 0, 3]
-    assert second.positions[second.rows][second.weights > 0].tolist() == [3, 6]
+    assert second.positions[second.scored][second.weights > 0].tolist() == [3, 6]
 
 
 @pytest.mark.parametrize("attention", ["dense", "joint"])
 def test_padding_changes_no_score(tiny_model, attention):
-    """... and sees nothing but its own block."""
+    """... and sees nothing except its own block."""
     rollout = random_rollout(random.Random(3), 4, prompt=6, blocks=3)
     plain = layout.rounds(rollout, 4, MASK)
     padded = layout.rounds(rollout, 4, MASK, limit=40)
@@ -69,7 +71,7 @@ def test_padding_changes_no_score(tiny_model, attention):
         assert not seen[:length, length:].any()
         assert (seen[length:].sum(1) == 4).all()
         with torch.no_grad():
-            scores = [tiny_model.score(p, layout.sdar.Sampling(), attention).logprobs for p in (one, longer)]
+            scores = [tiny_model.score(p, Sampling(), attention).logprobs for p in (one, longer)]
         assert (scores[0] - scores[1]).abs().max() < 1e-5
 
 
@@ -132,7 +134,7 @@ def test_the_benchmark_refuses_other_gradients(shape):
     """Here: of a trajectory whose step map differs in one block."""
     bench, _ = train_step.prepare(shape, train_step.parse(options(shape)))
     rollout = random_rollout(random.Random(1), 4, prompt=6, blocks=4)
-    other = layout.Rollout.of(rollout.prompt_ids, rollout.response_ids)
+    other = rollout_of(rollout.prompt_ids, rollout.response_ids)
     other.steps = rollout.steps[:-4] + [s + 7 for s in (1, 2, 3, 4)]
     ours, reference = bench.packed([rollout]), bench.published([rollout], "unpadded", "dense")
     assert train_step.check_exact(bench.model, reference, [ours], 1e-4)[0] < 1e-5
@@ -148,8 +150,10 @@ def test_recorded_trajectories(shape, tmp_path):
     first = random_rollout(random.Random(1), 4, prompt=6, blocks=4)
     second = random_rollout(random.Random(2), 4, prompt=9, blocks=1)
     log = tmp_path / "rollouts.jsonl"
-    rows = [{"question": "?", "prompt_tokens": len(r.prompt_ids), "steps": r.steps} for r in (first, second)]
-    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = [
+        {"question": "?", "prompt_tokens": len(r.prompt_ids), "steps": r.steps} for r in (first, second)
+    ]
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
     for wanted, got in zip((first, second), layout.read_rollouts(str(log), 4, 256, 9), strict=True):
         assert got.steps == wanted.steps and len(got.prompt_ids) == len(wanted.prompt_ids)
         assert layout.count_tokens(got, 4) == layout.count_tokens(wanted, 4)
@@ -164,7 +168,7 @@ def test_recorded_trajectories(shape, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "problem"),
+    ("record", "problem"),
     [
         ({"steps": [1, 2, 3, 4]}, "prompt_tokens is None"),
         ({"prompt_tokens": True, "steps": [1, 2, 3]}, "prompt_tokens is True"),
@@ -173,10 +177,10 @@ def test_recorded_trajectories(shape, tmp_path):
         ({"prompt_tokens": 5, "steps": [1, 2, 3, 4]}, "5 + 4 tokens are no blocks of 4"),
     ],
 )
-def test_a_bad_record_is_named_by_file_and_line(tmp_path, row, problem):
+def test_a_bad_record_is_named_by_file_and_line(tmp_path, record, problem):
     log = tmp_path / "rollouts.jsonl"
     good = {"prompt_tokens": 4, "steps": [1, 2, 3, 4]}
-    log.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    log.write_text(json.dumps(good) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(InputError, match=re.escape(f"{log}:2: {problem}")):
         layout.read_rollouts(str(log), 4, 256, 9)
 

@@ -1,4 +1,4 @@
-"""The exact likelihood, by enumeration (design: every masked position takes one action per step).
+"""The exact likelihood, by enumeration: every masked position takes one action per step, reveal or hold.
 
 A tabular model (a table of logits for every state of one block) is small enough to enumerate every
 draw at every step, hence every trajectory. The draws are enumerated and their probabilities added in
@@ -114,11 +114,11 @@ def log_likelihoods(table, how, trajectories, exact: bool) -> torch.Tensor:
     total = torch.zeros(len(trajectories))
     for packed in pack(views, b, mask_id=table.vocabulary, token_budget=500):
         states = packed.ids.view(-1, b).tolist()  # each row of B neighbours is a block or a view
-        numbers = [table.number(states[r // b]) for r in packed.rows.tolist()]
-        assert bool((packed.view[packed.rows] > 0).all()), "only views are scored"
-        logits = table.logits[numbers, (packed.rows % b).tolist()]
+        numbers = [table.number(states[r // b]) for r in packed.scored.tolist()]
+        assert bool((packed.view[packed.scored] > 0).all()), "only views are scored"
+        logits = table.logits[numbers, (packed.scored % b).tolist()]
         scores = score_logits(logits, packed.targets, packed.bounds, how)
-        total = total.index_add(0, packed.trajectory, scores.logprobs.to(total.dtype))
+        total = total.index_add(0, packed.source, scores.logprobs.to(total.dtype))
         assert exact or bool((packed.targets != HOLD).all())
     return total
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -22,17 +23,12 @@ from data_rows import write_task
 import dipo
 import evaluate
 import model
-from masking import InputError, pack, replay
-from rollout import (
-    RULES,
-    Decoding,
-    LMDeployEngine,
-    TorchEngine,
-    child_environment,
-    generate_all,
-    lmdeploy_problem,
-    stop_ids,
-)
+from masking import pack, replay
+from plumbing.checkpoint import load_tokenizer, save, stop_ids, tiny, tiny_tokenizer
+from plumbing.common import InputError
+from plumbing.config import Rule, load_config
+from plumbing.lmdeploy_engine import child_environment, lmdeploy_problem
+from rollout import Decoding, LMDeployEngine, TorchEngine, generate_all
 
 pytest.importorskip("lmdeploy", reason="pip install --no-deps -r requirements-lmdeploy.txt")
 TESTS = Path(__file__).parent
@@ -48,18 +44,18 @@ def on_cpu(monkeypatch):
 
 
 def start(folder, log, block_size=4, stops=STOPS, dtype="float32", **changes) -> LMDeployEngine:
-    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    mask_id = load_tokenizer(str(folder)).mask_token_id
     return LMDeployEngine(str(folder), block_size, mask_id, stops, 48, dtype, log=log, **changes)
 
 
 def embedded(folder, block_size=4, stops=STOPS) -> TorchEngine:
-    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    mask_id = load_tokenizer(str(folder)).mask_token_id
     return TorchEngine(model.load(str(folder)), block_size, mask_id, stops)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return model.tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", **TINY)
+    return tiny(tmp_path_factory.mktemp("tiny") / "checkpoint", **TINY)
 
 
 @pytest.fixture(scope="module", params=[1, 4, 8])
@@ -87,20 +83,42 @@ def shown(rollout) -> tuple:
 # ------------------------------------------------------------------------------------ same decisions
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", get_args(Rule))
 def test_greedy_rollouts_equal_the_embedded_engines(both, rule):
     engine, reference = both
     prompts = prompts_of(range(1, 71))
     how = Decoding(top_k=1, rule=rule, threshold=0.4, denoising_steps=2, max_tokens=29)
-    answers = engine.generate(prompts, range(70), how)
+    rollouts = engine.generate(prompts, range(70), how)
     expected = reference.generate(prompts, range(70), how)
-    for one, other in zip(answers, expected, strict=True):
+    for one, other in zip(rollouts, expected, strict=True):
         assert shown(one) == shown(other)
         assert one.hold_bounds == pytest.approx(other.hold_bounds, abs=1e-5)
     first_block = engine.block_size - 1
     early = [r for r in expected if r.finish_reason == "stop" and r.num_tokens <= first_block]
     assert early or first_block == 0, "no answer ends in the block that holds the end of its prompt"
     assert any(r.finish_reason == "length" for r in expected)
+
+
+def test_a_limit_inside_a_block_cuts_as_the_embedded_engine_does(both):
+    engine, reference = both
+    b, seen = engine.block_size, set()
+    prompts = prompts_of(range(1, 31))
+    for max_tokens in range(1, 2 * b + 2):
+        how = Decoding(top_k=1, threshold=0.4, max_tokens=max_tokens)
+        rollouts = engine.generate(prompts, range(30), how)
+        expected = reference.generate(prompts, range(30), how)
+        assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
+        for r in rollouts:
+            cut = r.response_ids[r.num_tokens :]
+            if r.finish_reason == "stop":
+                assert r.shown_ids[-1] in STOPS and not set(r.shown_ids[:-1]) & set(STOPS)
+                seen.add("stop at the limit" if r.num_tokens == max_tokens else "stop before it")
+            else:
+                assert r.num_tokens == max_tokens and not set(r.shown_ids) & set(STOPS)
+                seen.add("stop after it" if set(cut) & set(STOPS) else "no stop")
+                assert len(cut) < b
+    wanted = {"stop at the limit", "stop before it", "no stop"}
+    assert seen == wanted | ({"stop after it"} if b > 1 else set()), "a situation did not occur"
 
 
 BANNED = list(range(1, WORDS, 2))  # every other word, so that something else is drawn everywhere
@@ -112,9 +130,9 @@ def test_a_least_length_and_banned_tokens_are_the_embedded_engines(both, min_tok
     prompts = prompts_of(range(1, 41))
     how = Decoding(top_k=1, threshold=0.4, max_tokens=29)
     how.min_tokens, how.banned_ids = min_tokens, BANNED
-    answers = engine.generate(prompts, range(40), how)
+    rollouts = engine.generate(prompts, range(40), how)
     expected = reference.generate(prompts, range(40), how)
-    for one, other in zip(answers, expected, strict=True):
+    for one, other in zip(rollouts, expected, strict=True):
         assert shown(one) == shown(other)
         assert one.hold_bounds == pytest.approx(other.hold_bounds, abs=1e-5), "p is without what is banned"
     b, stopped = engine.block_size, [r for r in expected if r.finish_reason == "stop"]
@@ -183,10 +201,10 @@ def test_more_requests_than_fit_at_once(folder, tmp_path):
     engine = start(folder, tmp_path / "log", options={"max_batch_size": 3, "num_gpu_blocks": 4})
     prompts, how = prompts_of([5, 70, 33, 1, 64] * 4), Decoding(top_k=1, max_tokens=60)
     ended = []
-    answers = engine.generate(prompts, range(20), how, ended.append)
+    rollouts = engine.generate(prompts, range(20), how, ended.append)
     engine.close()
     expected = embedded(folder).generate(prompts, range(20), how)
-    assert [shown(a) for a in answers] == [shown(e) for e in expected]
+    assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
     assert len(ended) == 20
 
 
@@ -216,10 +234,10 @@ def test_without_the_stop_fix_answers_run_on(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:without_stop_fix")
     engine = start(folder, tmp_path / "log")
     prompts, how = prompts_of(range(1, 71)), Decoding(top_k=1, threshold=0.4, max_tokens=29)
-    answers = engine.generate(prompts, range(70), how)
+    rollouts = engine.generate(prompts, range(70), how)
     engine.close()
     expected = embedded(folder).generate(prompts, range(70), how)
-    longer = [len(a.response_ids) > len(e.response_ids) for a, e in zip(answers, expected, strict=True)]
+    longer = [len(r.response_ids) > len(e.response_ids) for r, e in zip(rollouts, expected, strict=True)]
     assert any(longer)
 
 
@@ -236,7 +254,7 @@ def test_an_answer_depends_on_its_seed_and_not_on_its_neighbours(both):
 
 def test_every_position_draws_uniformly(folder, tmp_path):
     # A flat model: in a block that is revealed at once, equal draws at two positions are chance.
-    flat = model.tiny(tmp_path / "flat", **TINY | {"initializer_range": 1e-4})
+    flat = tiny(tmp_path / "flat", **TINY | {"initializer_range": 1e-4})
     engine = start(flat, tmp_path / "log", stops=[])
     how = Decoding(max_tokens=32, threshold=0.0)
     rollouts = engine.generate([[1, 2, 3, 4]] * 48, range(48), how)
@@ -254,12 +272,12 @@ def test_every_position_draws_uniformly(folder, tmp_path):
 def test_after_each_of_100_updates_it_answers_as_the_checkpoint_does(folder, tmp_path):
     network, prompts = model.load(str(folder)), prompts_of([3, 17, 30, 8])
     engine, how = start(folder, tmp_path / "log"), Decoding(top_k=1, max_tokens=12)
-    answers = set()
+    different = set()
     for update in range(100):
         with torch.no_grad():
             for p in network.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(update)), alpha=0.05)
-        model.save(network, tmp_path / "saved", folder)
+        save(network, tmp_path / "saved", folder)
         if update % 10 == 5:
             engine.sleep()
         engine.update_weights(network.named_parameters())
@@ -268,8 +286,8 @@ def test_after_each_of_100_updates_it_answers_as_the_checkpoint_does(folder, tmp
         assert [shown(r) for r in got] == [
             shown(r) for r in embedded(tmp_path / "saved").generate(prompts, range(4), how)
         ]
-        answers.add(tuple(got[0].response_ids))
-    assert len(answers) > 50, "updates that change nothing prove nothing"
+        different.add(tuple(got[0].response_ids))
+    assert len(different) > 50, "updates that change nothing prove nothing"
     fresh = start(tmp_path / "saved", tmp_path / "log")
     assert [shown(r) for r in fresh.generate(prompts, range(4), how)] == [shown(r) for r in got]
     for e in (engine, fresh):
@@ -290,8 +308,9 @@ MOE = {
 
 @pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, MOE], ids=["tied", "experts"])
 def test_updates_of_other_architectures(tmp_path, changes, monkeypatch):
-    monkeypatch.setattr("rollout.BUCKET_BYTES", 30_000)  # many buckets; the largest tensors exceed it
-    first, second = (model.tiny(tmp_path / str(s), seed=s, **TINY | changes) for s in (1, 2))
+    # Many buckets; the largest tensors exceed them.
+    monkeypatch.setattr("plumbing.lmdeploy_engine.BUCKET_BYTES", 30_000)
+    first, second = (tiny(tmp_path / str(s), seed=s, **TINY | changes) for s in (1, 2))
     engine, how = start(first, tmp_path / "log"), Decoding(top_k=1, max_tokens=16)
     prompts = prompts_of([3, 17, 30, 8])
     for folder in (first, second, first):
@@ -339,7 +358,7 @@ def wait_until(condition, seconds=30) -> bool:
 
 
 def test_twenty_kills_lose_no_rollout_and_leave_nothing_behind(folder, tmp_path):
-    updated = model.load(str(model.tiny(tmp_path / "updated", seed=7, **TINY)))
+    updated = model.load(str(tiny(tmp_path / "updated", seed=7, **TINY)))
     prompts, how = prompts_of([20] * 400), Decoding(max_tokens=40)
     engine = start(folder, tmp_path / "log")
     engine.update_weights(updated.named_parameters())
@@ -361,11 +380,11 @@ def test_twenty_kills_lose_no_rollout_and_leave_nothing_behind(folder, tmp_path)
 
     killer = threading.Thread(target=kill)
     killer.start()
-    answers: list = []
-    while killer.is_alive() or not answers:
+    rollouts: list = []
+    while killer.is_alive() or not rollouts:
         ended.clear()
-        answers = generate_all(engine, prompts, range(400), how, ended.append, updated.named_parameters)
-        assert [shown(r) for r in answers] == [shown(r) for r in expected]
+        rollouts = generate_all(engine, prompts, range(400), how, ended.append, updated.named_parameters)
+        assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
         assert sorted(r.seed for r in ended) == list(range(400)), "one lost, or done twice"
     finished.set()
     killer.join()
@@ -387,7 +406,7 @@ def test_the_subprocess_dies_with_its_parent(folder, tmp_path):
         "print(e._process.pid, flush=True)\n"
         "e.generate([[1, 2, 3]] * 4, range(4), Decoding(max_tokens=4000))\n"
     )
-    mask_id = model.load_tokenizer(str(folder)).mask_token_id
+    mask_id = load_tokenizer(str(folder)).mask_token_id
     arguments = [str(folder), str(mask_id), str(tmp_path / "log"), str(TESTS.parent)]
     parent = subprocess.Popen([sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())
@@ -425,7 +444,7 @@ def test_a_failed_start_shows_the_childs_own_words(folder, tmp_path, monkeypatch
 
 def test_an_error_in_the_engine_comes_with_its_traceback(folder, tmp_path):
     engine = start(folder, tmp_path / "log")
-    with pytest.raises(RuntimeError, match="KeyError: 'no such rule'"):
+    with pytest.raises(RuntimeError, match="ValueError: Unknown unmasking strategy: .*no such rule"):
         engine.generate(prompts_of([5]), [0], Decoding(rule="no such rule"))
     got = engine.generate(prompts_of([5]), [0], Decoding(max_tokens=8))
     engine.close()
@@ -475,7 +494,7 @@ def test_the_child_sees_its_ranks_gpu_and_no_launcher():
 
 def test_another_version_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(LMDeployEngine, "setup", "")
-    monkeypatch.setattr("rollout.LMDEPLOY_VERSION", "0.19.0")
+    monkeypatch.setattr("plumbing.lmdeploy_engine.LMDEPLOY_VERSION", "0.19.0")
     assert lmdeploy_problem() == "lmdeploy 0.18.0 is installed, expected 0.19.0"
     with pytest.raises(InputError, match="config key engine: lmdeploy 0.18.0 is installed"):
         start(folder, tmp_path / "log")
@@ -495,8 +514,8 @@ def test_dipo_trains_and_resumes_with_it(folder, tmp_path):
         "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "likelihood=exact", "lr=1e-3", "threshold=0.4",
         f"eval_data={tmp_path}/rl.jsonl", "eval_every=2", "eval_limit=5", "max_tokens=24", "save_every=1",
     ]  # fmt: skip
-    dipo.main([*common, "steps=2"])
-    dipo.main([*common, "steps=4", "resume=true"])
+    for changes in (["steps=2"], ["steps=4", "resume=true"]):
+        dipo.main(load_config(dipo.DiPOConfig, [*common, *changes]))
     lines = metrics_of(tmp_path / "run")
     assert [m["step"] for m in lines] == [1, 2, 3, 4]
     assert max(m["gap_max"] for m in lines) < 1e-4, "a stale weight would show here"
@@ -509,17 +528,17 @@ def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_
     script.write_text(
         "import os, sys, threading\n"
         f"sys.path[:0] = {[str(TESTS.parent), str(TESTS)]!r}\n"
-        "import dipo, sft\nfrom rollout import LMDeployEngine\n"
+        "import dipo\nfrom rollout import LMDeployEngine\n"
+        "from plumbing.common import run_script\nfrom plumbing.config import load_config\n"
         "LMDeployEngine.setup = 'lmdeploy_on_cpu:install'\n"
-        "rollouts = LMDeployEngine._rollouts\n"
-        "def once(self, *a):\n"
-        "    for n, item in enumerate(rollouts(self, *a)):\n"
+        "records = LMDeployEngine._receive_records\n"
+        "def once(self):\n"
+        "    for n, item in enumerate(records(self)):\n"
         "        yield item\n"
         "        if n == 3 and self._own_weights and os.environ.pop('RANK', '') == '1':\n"
         "            self._process.kill()\n"
-        "LMDeployEngine._rollouts = once\n"
-        "dipo.main(sys.argv[1:])\n"
-        "sft.dist.destroy_process_group()\n"
+        "LMDeployEngine._receive_records = once\n"
+        "run_script(dipo.main, load_config(dipo.DiPOConfig, sys.argv[1:]))\n"
     )
     write_task(tmp_path)
     arguments = [
@@ -542,10 +561,14 @@ def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_
     assert (tmp_path / "run" / "engine-rank1.log").exists()
 
 
+def evaluate_with(*arguments: str) -> None:
+    evaluate.main(load_config(evaluate.EvalConfig, list(arguments), evaluate.PROTOCOLS))
+
+
 def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = model.tiny_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "ar")
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -557,13 +580,13 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
     network.save_pretrained(tmp_path / "ar")
     write_task(tmp_path)
     arguments = [f"model={tmp_path}/ar", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/eval", "limit=12"]
-    evaluate.main([*arguments, "engine=lmdeploy", "max_tokens=20"])
+    evaluate_with(*arguments, "engine=lmdeploy", "max_tokens=20")
     summary = json.loads((tmp_path / "eval" / "summary.json").read_text())["autoregressive"]
     assert summary["tpf"] == 1.0
     assert summary["questions"] == 12
     assert "autoregressive" in capsys.readouterr().out
     with pytest.raises(InputError, match="config key sweep: .* is autoregressive"):
-        evaluate.main([*arguments, "engine=lmdeploy", "sweep=[0.5]"])
+        evaluate_with(*arguments, "engine=lmdeploy", "sweep=[0.5]")
 
     engine = start(tmp_path / "ar", tmp_path / "log", 0, stop_ids(tokenizer))
     prompts, how = prompts_of([3, 20, 11]), Decoding(top_k=1, max_tokens=20)
@@ -574,20 +597,20 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
         engine.stop_ids = [rollout.response_ids[7]]
         (ended,) = engine.generate([prompt], [0], how)
         first = rollout.response_ids.index(rollout.response_ids[7])
-        assert ended.visible_ids == rollout.response_ids[: first + 1], "the stop token is shown"
+        assert ended.shown_ids == rollout.response_ids[: first + 1], "the stop token is shown"
         assert ended.finish_reason == "stop"
         assert ended.tokens_per_forward == 1.0
     engine.close()
     with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
-        evaluate.main([*arguments, "engine=torch", f"out={tmp_path}/other"])
+        evaluate_with(*arguments, "engine=torch", f"out={tmp_path}/other")
 
 
 def test_engines_that_cannot_run_are_refused_by_name(folder, tmp_path, monkeypatch):
     write_task(tmp_path)
     common = [f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/eval"]
-    with pytest.raises(InputError, match="config key tensor_parallel: 2, only 1 works"):
-        evaluate.main([*common, "tensor_parallel=2"])
+    with pytest.raises(InputError, match="config key tensor_parallel: .*not in 'EvalConfig'"):
+        evaluate_with(*common, "tensor_parallel=2")
     monkeypatch.setattr(LMDeployEngine, "setup", "")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="config key engine: lmdeploy needs CUDA"):
-            evaluate.main([*common, "engine=lmdeploy"])
+            evaluate_with(*common, "engine=lmdeploy")

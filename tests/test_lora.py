@@ -1,7 +1,5 @@
 """LoRA: only adapters are trained, and everybody else sees the sum."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,20 +10,24 @@ from safetensors.torch import load_file
 import dipo
 import model
 import sft
-from masking import InputError, noise, pack
+from masking import noise, pack
 from model import Sampling
+from plumbing.common import InputError, read_records
+from plumbing.config import load_config
+from plumbing.lora import add_adapters
 
 pytest.importorskip("peft")
 
 
-def options(folder, data, out, *more) -> list[str]:
+def train(folder, data, out, *more) -> None:
+    """SFT with adapters, as sft.py is called."""
     common = ["lora_rank=4", "lr=1e-2", "batch_size=4", f"data={data}/sft.jsonl", f"model={folder}"]
-    return [*common, f"out={out}", *more]
+    sft.main(load_config(sft.SFTConfig, [*common, f"out={out}", *more]))
 
 
 def test_the_checkpoint_is_the_sum_of_weights_and_adapters(tiny_folder, tmp_path):
     write_task(tmp_path)
-    sft.main(options(tiny_folder, tmp_path, tmp_path / "run", "steps=2"))
+    train(tiny_folder, tmp_path, tmp_path / "run", "steps=2")
     saved = load_file(tmp_path / "run/latest/model.safetensors")
     adapters = load_file(tmp_path / "run/latest/adapters.safetensors")
     moved = 0
@@ -42,7 +44,7 @@ def test_the_checkpoint_is_the_sum_of_weights_and_adapters(tiny_folder, tmp_path
 
 def test_gradients_are_those_of_the_sum(tiny_folder):
     plain, adapted = model.load(str(tiny_folder)), model.load(str(tiny_folder))
-    model.add_adapters(adapted, 4)
+    add_adapters(adapted, 4)
     torch.manual_seed(0)
     layer = adapted.model.layers[1].mlp.up_proj
     layer.lora_B["default"].weight.data.normal_()
@@ -59,9 +61,9 @@ def test_gradients_are_those_of_the_sum(tiny_folder):
 
 def test_resumed_is_never_interrupted(tiny_folder, tmp_path):
     write_task(tmp_path)
-    sft.main(options(tiny_folder, tmp_path, tmp_path / "whole", "steps=4"))
-    sft.main(options(tiny_folder, tmp_path, tmp_path / "parts", "steps=2"))
-    sft.main(options(tiny_folder, tmp_path, tmp_path / "parts", "steps=4", "resume=true"))
+    train(tiny_folder, tmp_path, tmp_path / "whole", "steps=4")
+    train(tiny_folder, tmp_path, tmp_path / "parts", "steps=2")
+    train(tiny_folder, tmp_path, tmp_path / "parts", "steps=4", "resume=true")
     for name in ("model", "adapters", "optimizer"):
         whole, parts = (
             load_file(tmp_path / run / f"latest/{name}.safetensors") for run in ("whole", "parts")
@@ -72,18 +74,19 @@ def test_resumed_is_never_interrupted(tiny_folder, tmp_path):
 
 def test_the_engine_gets_the_sum(tiny_folder, tmp_path):
     write_task(tmp_path)
-    dipo.main([
+    argv = [
         f"model={tiny_folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/run", "lora_rank=4", "steps=3",
         "groups=2", "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "lr=1e-2", "threshold=0.4",
         "max_tokens=16", "kl_beta=0.1", "engine=torch",
-    ])  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert max(line["gap_max"] for line in lines) < 1e-4
-    assert lines[0]["kl"] == pytest.approx(0, abs=1e-9)
-    assert lines[2]["kl"] > 1e-6, "the policy moved away from the reference"
+    ]  # fmt: skip
+    dipo.main(load_config(dipo.DiPOConfig, argv))
+    metrics = [record for _, record in read_records(tmp_path / "run/metrics.jsonl")]
+    assert max(m["gap_max"] for m in metrics) < 1e-4
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics[2]["kl"] > 1e-6, "the policy moved away from the reference"
 
 
 def test_offloading_frozen_weights_is_refused(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="config key cpu_offload: with lora_rank"):
-        sft.main(options(tiny_folder, tmp_path, tmp_path / "run", "steps=2", "cpu_offload=true"))
+        train(tiny_folder, tmp_path, tmp_path / "run", "steps=2", "cpu_offload=true")
     assert not (tmp_path / "run").exists(), "nothing is started"

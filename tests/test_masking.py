@@ -10,22 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, random_rollout
+from conftest import WORDS, random_rollout, rollout_of
 
-from masking import (
-    HOLD,
-    InputError,
-    Packed,
-    block_mask,
-    dense_mask,
-    noise,
-    pack,
-    padded,
-    plan_packs,
-    replay,
-    visible,
-)
-from rollout import Rollout
+from masking import HOLD, Packed, block_mask, dense_mask, noise, pack, padded, replay, visible
+from plumbing.balance import plan_packs
+from plumbing.common import InputError
 
 MASK = 999
 SCRIPT = Path(__file__).resolve().parents[1] / "masking.py"
@@ -69,7 +58,7 @@ def noised_row(seed: int, lengths: list[int], block_size: int, views: int = 2) -
 
 def one_token_a_step(prompt: int, response: int) -> Packed:
     """A row of prompt + 5 * response tokens, block size 4."""
-    rollout = Rollout.of([1] * prompt, [2] * response)
+    rollout = rollout_of([1] * prompt, [2] * response)
     return pack([replay(rollout, 4, weight=1.0)], 4, MASK, token_budget=10**9)[0]
 
 
@@ -160,7 +149,7 @@ def test_a_padded_row_is_the_row_and_tokens_nobody_sees(name):
     assert torch.equal(dense_mask(whole), seen)
     i = torch.arange(len(whole))
     assert torch.equal(block_mask(whole).mask_mod(0, 0, i[:, None], i[None]), seen)
-    for name in ("rows", "targets", "weights", "trajectory"):
+    for name in ("scored", "targets", "weights", "advantages", "source"):
         assert torch.equal(getattr(whole, name), getattr(row, name))
     assert padded(whole).ids.shape == whole.ids.shape
 
@@ -247,11 +236,11 @@ def test_compiled_flex_attention():
 
 def test_replay_worked_example():
     """The example in the docstring of masking.replay, literally."""
-    rollout = Rollout.of([5, 6], [7, 8, 9, 1, 2, 3])
+    rollout = rollout_of([5, 6], [7, 8, 9, 1, 2, 3])
     rollout.steps = [1, 2, 3, 3, 4, 3]
     rollout.logprobs = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
     rollout.hold_bounds = [0.1, 0.2, 0.3, 0.3, 0.4, 0.3]
-    (row,) = pack([replay(rollout, 4, weight=0.5)], 4, MASK, token_budget=99)
+    (row,) = pack([replay(rollout, 4, weight=0.5, advantage=-2.0)], 4, MASK, token_budget=99)
     _ = MASK
     clean = [5, 6, 7, 8, 9, 1, 2, 3]
     assert row.ids.tolist() == clean + [5, 6, _, _] + [5, 6, 7, _] + [_, _, _, _] + [9, 1, _, 3]
@@ -259,13 +248,14 @@ def test_replay_worked_example():
     assert row.block.tolist() == [0] * 4 + [1] * 4 + [0] * 8 + [1] * 8
     assert row.view.tolist() == [0] * 8 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     assert row.sequence.tolist() == [0] * 24
-    assert row.rows.tolist() == [10, 15, 16, 17, 19, 22]
+    assert row.scored.tolist() == [10, 15, 16, 17, 19, 22]
     assert row.targets.tolist() == [7, 8, 9, 1, 3, 2]
     assert row.engine_logprobs.tolist() == [-1, -2, -3, -4, -6, -5]
     assert row.weights.tolist() == [0.5] * 6
+    assert row.advantages.tolist() == [-2.0] * 6
 
     (row,) = pack([replay(rollout, 4, weight=0.5, exact=True)], 4, MASK, token_budget=99)
-    assert row.rows.tolist() == [10, 11, 15, 16, 17, 18, 19, 22]
+    assert row.scored.tolist() == [10, 11, 15, 16, 17, 18, 19, 22]
     assert row.targets.tolist() == [7, HOLD, 8, 9, 1, HOLD, 3, 2]
     assert np.allclose(row.bounds, [0.1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.4])
     assert row.engine_logprobs.isnan().tolist() == [t == HOLD for t in row.targets]
@@ -277,14 +267,14 @@ def test_replay_against_a_walk_through_the_decoder(block_size, exact):
     """What was shown and decided, by walking each trajectory step by step in plain Python."""
     rng = random.Random(block_size)
     rollouts = [random_rollout(rng, block_size) for _ in range(7)]
-    views = [replay(r, block_size, weight=0.25 * (i + 1), exact=exact) for i, r in enumerate(rollouts)]
-    packs = pack(views, block_size, MASK, token_budget=sum(map(len, views)) // 2)
+    views = [replay(r, block_size, 0.25 * (i + 1), exact, advantage=i - 3.0) for i, r in enumerate(rollouts)]
+    packs = pack(views, block_size, MASK, token_budget=sum(v.num_tokens for v in views) // 2)
     assert len(packs) > 1, "the test wants several rows"
     found = {}  # (trajectory, step, position): what the row says
     for row in packs:
         assert len(row) % block_size == 0
         assert torch.equal(row.block, row.positions // block_size)
-        for m, at in enumerate(row.rows.tolist()):
+        for m, at in enumerate(row.scored.tolist()):
             assert row.ids[at] == MASK, "only masks are scored"
             assert row.view[at] > 0
             group = row.view == row.view[at]
@@ -292,12 +282,13 @@ def test_replay_against_a_walk_through_the_decoder(block_size, exact):
             assert row.positions[group].tolist() == [
                 int(row.block[at]) * block_size + j for j in range(block_size)
             ]
-            key = (int(row.trajectory[m]), shown, int(row.positions[at]))
+            key = (int(row.source[m]), shown, int(row.positions[at]))
             assert key not in found, "scored twice"
             found[key] = (
                 int(row.targets[m]),
                 pytest.approx(float(row.bounds[m]), abs=1e-6),
                 pytest.approx(float(row.weights[m])),
+                float(row.advantages[m]),
                 pytest.approx(float(row.engine_logprobs[m]), nan_ok=True, abs=1e-5),
             )
     wanted = {}
@@ -312,9 +303,9 @@ def test_replay_against_a_walk_through_the_decoder(block_size, exact):
             for i in members:
                 if i in decided:
                     logprob = r.logprobs[i - len(r.prompt_ids)]
-                    wanted[index, shown, i] = (ids[i], bound, 0.25 * (index + 1), logprob)
+                    wanted[index, shown, i] = (ids[i], bound, 0.25 * (index + 1), index - 3, logprob)
                 elif steps[i] > step and exact:
-                    wanted[index, shown, i] = (HOLD, bound, 0.25 * (index + 1), float("nan"))
+                    wanted[index, shown, i] = (HOLD, bound, 0.25 * (index + 1), index - 3, float("nan"))
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
         assert all(a == b for a, b in zip(found[key], values, strict=True)), key
@@ -328,18 +319,18 @@ def test_every_token_once_and_a_view_per_step(block_size):
         views = replay(rollout, block_size, weight=1.0)
         prompt, length = len(rollout.prompt_ids), views.ids.size
         assert len(views.block) == rollout.num_steps
-        assert len(views) == length + block_size * rollout.num_steps
+        assert views.num_tokens == length + block_size * rollout.num_steps
         positions = views.block[:, None] * block_size + np.arange(block_size)
-        assert sorted(positions[views.scored]) == list(range(prompt, length))
-        assert (views.targets[views.scored] == views.ids[positions[views.scored]]).all()
+        assert sorted(positions[views.is_scored]) == list(range(prompt, length))
+        assert (views.targets[views.is_scored] == views.ids[positions[views.is_scored]]).all()
         exact = replay(rollout, block_size, weight=1.0, exact=True)
-        assert (exact.scored == exact.masked).all()
-        assert ((exact.targets == HOLD) & exact.masked == exact.masked & ~views.scored).all()
+        assert (exact.is_scored == exact.masked).all()
+        assert ((exact.targets == HOLD) & exact.masked == exact.masked & ~views.is_scored).all()
 
 
 def test_unfinished_blocks_are_refused():
     with pytest.raises(ValueError, match="a trajectory of 7 tokens is not whole blocks of 4"):
-        replay(Rollout.of([1, 2], [3, 4, 5, 6, 7]), 4, weight=1.0)
+        replay(rollout_of([1, 2], [3, 4, 5, 6, 7]), 4, weight=1.0)
 
 
 def test_views_are_unique_in_a_row_and_sequences_are_contiguous():
@@ -347,7 +338,7 @@ def test_views_are_unique_in_a_row_and_sequences_are_contiguous():
     for view in range(1, int(row.view.max()) + 1):
         assert (row.view == view).sum() == 4
     assert (row.sequence.diff() >= 0).all()
-    assert sorted(set(row.trajectory.tolist())) == list(range(6))
+    assert sorted(set(row.source.tolist())) == list(range(6))
 
 
 # ------------------------------------------------------------------------------------------- noise
@@ -361,12 +352,12 @@ def test_a_complementary_pair_scores_every_response_token_once(per, block_size):
     for prompt in (0, 5, 16, 47):
         views = noise(ids, prompt, block_size, rng, per, views=4, complementary=True)
         positions = views.block[:, None] * block_size + np.arange(block_size)
-        scored = sorted(positions[views.scored].tolist())
+        scored = sorted(positions[views.is_scored].tolist())
         assert scored == sorted(2 * list(range(prompt, 48))), "twice by two pairs"
         assert (views.targets == views.ids[positions]).all()
         assert views.masked.any(1).all(), "a block without a mask makes no view"
         assert (np.diff(views.block) >= 0).all()
-        assert (views.scored == views.masked).all()
+        assert (views.is_scored == views.masked).all()
 
 
 def test_noise_never_masks_the_prompt_and_drops_empty_blocks():
@@ -393,7 +384,7 @@ def test_noise_is_unbiased(per, views, complementary):
     for d in range(draws):
         v = noise(ids, prompt, 4, rng, per, views, complementary)
         positions = v.block[:, None] * 4 + np.arange(4)
-        np.add.at(totals[d], positions[v.scored], v.weights[v.scored])
+        np.add.at(totals[d], positions[v.is_scored], v.weights[v.is_scored])
     assert (totals[:, :prompt] == 0).all()
     mean = totals[:, prompt:].mean(0)
     error = totals[:, prompt:].std(0) / draws**0.5
@@ -459,8 +450,8 @@ def test_packing_does_not_change_what_is_scored():
             action
             for row in rows
             for action in zip(
-                row.trajectory.tolist(),
-                row.positions[row.rows].tolist(),
+                row.source.tolist(),
+                row.positions[row.scored].tolist(),
                 row.targets.tolist(),
                 row.engine_logprobs.tolist(),
                 strict=True,
@@ -478,11 +469,11 @@ def test_packing_does_not_change_what_is_scored():
 def test_to_moves_every_tensor():
     row = random_row(0, 4, 1).to("meta")
     tensors = [v for v in vars(row).values() if torch.is_tensor(v)]
-    assert len(tensors) == 11 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 12 and all(t.device.type == "meta" for t in tensors)
     assert row.block_size == 4 and issubclass(InputError, ValueError)
 
 
-def test_running_the_file_draws_the_mask(tmp_path):
+def test_running_the_file_plots_the_mask(tmp_path):
     picture = tmp_path / "mask.png"
     result = subprocess.run(
         [sys.executable, str(SCRIPT), str(picture)], capture_output=True, text=True, cwd=tmp_path
@@ -490,4 +481,4 @@ def test_running_the_file_draws_the_mask(tmp_path):
     assert result.returncode == 0, result.stderr
     content = picture.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 10_000
-    assert result.stdout.startswith("40 tokens, 10 rows to score")
+    assert result.stdout.startswith("40 tokens, 10 positions to score")

@@ -13,8 +13,11 @@ import torch
 from conftest import random_rollout
 from torch.utils.flop_counter import FlopCounterMode
 
-from masking import InputError, dense_mask, pack, replay
-from model import Sampling
+from masking import dense_mask, pack, replay
+from model import Sampling, attention_over
+from plumbing.common import InputError
+from plumbing.config import load_config
+from plumbing.kernels import checkpoint_layers
 
 DENSE = {
     "hidden_size": 192,
@@ -68,7 +71,7 @@ def forward(model, row):
         input_ids=row.ids[None],
         position_ids=row.positions[None],
         use_cache=False,
-        visible=memory.sdar.attention_over(row, "dense"),
+        attention=attention_over(row, "dense"),
     ).last_hidden_state
 
 
@@ -78,7 +81,7 @@ def test_kept_activations_are_those_that_autograd_saves(fields, checkpointing):
     """Within 10 %. On a CPU SDPA keeps the N x N mask too, which FlexAttention does not."""
     config, model = small(fields)
     row, item = packed_row(), model.dtype.itemsize
-    memory.sdar.checkpoint_layers(model, checkpointing)
+    checkpoint_layers(model, checkpointing)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
 
@@ -105,7 +108,7 @@ def test_peak_of_a_pass_is_that_of_a_real_one(fields, checkpointing):
     """Within 10 %, counted by the storages that are alive while a real network runs on the CPU."""
     config, model = small(fields)
     row = packed_row()
-    memory.sdar.checkpoint_layers(model, checkpointing)
+    checkpoint_layers(model, checkpointing)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with memory.LiveBytes() as live:
@@ -182,7 +185,7 @@ def test_flops_are_those_that_the_counter_sees():
     with FlopCounterMode(display=False) as counter:
         model.score(row, Sampling(), "dense").logprobs.sum().backward()
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    assert memory.forward_backward_flops(config, len(row), 0, len(row.rows)) == products
+    assert memory.forward_backward_flops(config, len(row), 0, len(row.scored)) == products
     pairs = memory.visible_pairs(row.block, 4)
     assert pairs == dense_mask(row).sum()
     attention = memory.forward_backward_flops(config, 0, pairs, 0)
@@ -196,11 +199,15 @@ def test_a_planned_trajectory_is_as_long_as_a_real_one():
     assert planned == pytest.approx((len(row), memory.visible_pairs(row.block, 4)), rel=0.02)
 
 
+def run(*arguments: str) -> None:
+    memory.main(load_config(memory.PlanConfig, list(arguments)))
+
+
 def test_the_verdict(capsys):
-    memory.main(["model=1.7B", "ranks=8", "trajectories=8"])
+    run("model=1.7B", "ranks=8", "trajectories=8")
     printed = capsys.readouterr().out
     assert ": fits in 139 GiB" in printed and "| kept activations of 49,152 tokens | training |" in printed
-    memory.main(["model=8B", "ranks=1", "trajectories=8"])
+    run("model=8B", "ranks=1", "trajectories=8")
     assert ": does not fit in 139 GiB" in capsys.readouterr().out
 
 
@@ -218,7 +225,7 @@ def test_the_verdict(capsys):
 )
 def test_bad_values_are_named(arguments, named):
     with pytest.raises(InputError, match=named):
-        memory.main(arguments)
+        run(*arguments)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"hidden_size": "big"}'])
@@ -226,7 +233,7 @@ def test_a_bad_config_file_is_named(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(InputError, match=str(file)):
-        memory.main([f"model={file}"])
+        run(f"model={file}")
 
 
 def test_bad_input_is_one_line_and_exit_code_2():

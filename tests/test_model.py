@@ -18,8 +18,11 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as sdar
-from masking import HOLD, InputError, Packed, noise, pack, padded, replay
+from masking import HOLD, Packed, noise, pack, padded, replay
 from model import Sampling, score_logits
+from plumbing import kernels
+from plumbing.checkpoint import CHAT_TEMPLATE, load_tokenizer, save, stop_ids, tiny
+from plumbing.common import InputError
 
 MASK = 259  # <|MASK|> in the tiny tokenizer
 MOE = {
@@ -52,7 +55,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def clean_row(ids: list[int], block_size: int) -> Packed:
-    """Only the clean copy, every row scored as if it were a view: for the clean pass itself."""
+    """Only the clean copy, every position scored as if it were in a view: for the clean pass itself."""
     n = torch.arange(len(ids))
     zero = torch.zeros(len(ids))
     return Packed(
@@ -61,28 +64,29 @@ def clean_row(ids: list[int], block_size: int) -> Packed:
         sequence=torch.zeros_like(n),
         block=n // block_size,
         view=torch.zeros_like(n),
-        rows=n,
+        scored=n,
         targets=torch.tensor(ids),
         bounds=zero,
         weights=zero,
-        trajectory=torch.zeros_like(n),
+        advantages=zero,
+        source=torch.zeros_like(n),
         engine_logprobs=zero,
         block_size=block_size,
     )
 
 
 def logits_of(network, row: Packed, attention: str = "dense") -> torch.Tensor:
-    """[M, V] of the scored rows."""
+    """[M, V] of what is scored."""
     hidden = network.model(
         input_ids=row.ids[None],
         position_ids=row.positions[None],
         use_cache=False,
-        visible=sdar.attention_over(row, attention),
+        attention=sdar.attention_over(row, attention),
     ).last_hidden_state[0]
-    return network.lm_head(hidden[row.rows])
+    return network.lm_head(hidden[row.scored])
 
 
-# -------------------------------------------------------- invariant 1: packed = round by round
+# --------------------------------------------------------------------- packed = round by round
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
@@ -97,8 +101,8 @@ def test_packed_equals_rounds(tiny_model, block_size, attention):
     published = [layout.score_rounds(tiny_model, r, block_size, MASK)[0] for r in rollouts]
     assert max(len(layout.rounds(r, block_size, MASK)) for r in rollouts) >= min(2, block_size)
     prompt_of = torch.tensor([len(r.prompt_ids) for r in rollouts])
-    at = row.positions[row.rows] - prompt_of[row.trajectory]
-    theirs = torch.stack([published[t][i] for t, i in zip(row.trajectory.tolist(), at.tolist(), strict=True)])
+    at = row.positions[row.scored] - prompt_of[row.source]
+    theirs = torch.stack([published[t][i] for t, i in zip(row.source.tolist(), at.tolist(), strict=True)])
     assert sum(len(r.response_ids) for r in rollouts) == len(mine)
     assert theirs.std() > 1, "the distributions are peaked enough to tell errors"
     assert (mine - theirs).abs().max() < 1e-5
@@ -110,13 +114,13 @@ def test_packed_equals_rounds(tiny_model, block_size, attention):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("padded", [False, True])
 def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
-    network = sdar.load(str(sdar.tiny(tmp_path, **TINY | {"num_key_value_heads": kv_heads})))
+    network = sdar.load(str(tiny(tmp_path, **TINY | {"num_key_value_heads": kv_heads})))
     rng = np.random.default_rng(0)
     lengths = [24, 40, 12] if padded else [24]
     views = [noise(rng.integers(0, WORDS, n).tolist(), 5, 4, rng, "block", views=2) for n in lengths]
     row = one_row(views, 4)
-    assert sdar.JointRow(row).padded == padded
-    weights = torch.linspace(-1, 1, len(row.rows))
+    assert sdar.JointRow(row).attention.has_padding == padded
+    weights = torch.linspace(-1, 1, len(row.scored))
     dense, joint = (network.score(row, Sampling(), a) for a in ("dense", "joint"))
     assert (dense.logprobs - joint.logprobs).abs().max() < 1e-5
     assert (dense.entropy - joint.entropy).abs().max() < 1e-5
@@ -127,7 +131,7 @@ def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["", "moe"])
 def test_bfloat16_is_near_float32_on_the_cpu(tmp_path, changes):
-    folder = sdar.tiny(tmp_path / "tiny", **TINY, **changes)
+    folder = tiny(tmp_path / "tiny", **TINY, **changes)
     row = one_row([replay(random_rollout(random.Random(i), 4), 4, 1.0) for i in range(5)], 4)
     exact, rounded = (sdar.load(str(folder), dtype) for dtype in (torch.float32, torch.bfloat16))
     gap = exact.score(row, Sampling()).logprobs - rounded.score(row, Sampling()).logprobs.float()
@@ -162,7 +166,7 @@ def test_flex_is_compiled_twice_whatever_the_lengths():
     """Once for the first length, once for every other."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(sdar._flex, backend=counter)
+    compiled = torch.compile(kernels._flex, backend=counter)
     rows = noised_rows([200, 600, 1000, 400, 804])
     assert len({len(row) for row in rows}) == 5
     for row in rows:
@@ -172,7 +176,7 @@ def test_flex_is_compiled_twice_whatever_the_lengths():
     assert counter.frame_count == 2
 
 
-# -------------------------------------------------- invariant 2: what a row depends on, and not
+# ---------------------------------------------------------- what a position depends on, and not
 
 
 @torch.no_grad()
@@ -180,7 +184,7 @@ def test_flex_is_compiled_twice_whatever_the_lengths():
 def test_logits_depend_on_visible_tokens_only(tiny_folder, tmp_path, attention):
     """One layer, so that a token is seen directly or not at all; then all layers, transitively."""
     deep = sdar.load(str(tiny_folder))
-    shallow = sdar.load(str(sdar.tiny(tmp_path, **TINY | {"num_hidden_layers": 1})))
+    shallow = sdar.load(str(tiny(tmp_path, **TINY | {"num_hidden_layers": 1})))
     rng = random.Random(0)
     rollouts = [random_rollout(rng, 4, prompt, 2) for prompt in (6, 3)]
     row = one_row([replay(r, 4, weight=1.0, exact=True) for r in rollouts], 4)
@@ -191,21 +195,21 @@ def test_logits_depend_on_visible_tokens_only(tiny_folder, tmp_path, attention):
         (qs, qb, qv), (s, b, v) = tags[q], tags[kv]
         return qs == s and ((v == 0 and b < qb) or v == qv)
 
-    assert all(tags[q][2] > 0 for q in row.rows.tolist())
+    assert all(tags[q][2] > 0 for q in row.scored.tolist())
     for network in (shallow, deep):
         before = logits_of(network, row, attention)
         for kv in range(len(row)):
             changed = dataclasses.replace(row, ids=row.ids.clone())
             changed.ids[kv] = (changed.ids[kv] + 7) % WORDS
             moved = (logits_of(network, changed, attention) - before).abs().amax(-1)
-            for q, by in zip(row.rows.tolist(), moved.tolist(), strict=True):
+            for q, by in zip(row.scored.tolist(), moved.tolist(), strict=True):
                 if reaches(q, kv):
-                    assert by > 1e-6, f"row {q} should see token {kv}"
+                    assert by > 1e-6, f"token {q} should see token {kv}"
                 else:
-                    assert by == 0, f"row {q} should not see token {kv}"
+                    assert by == 0, f"token {q} should not see token {kv}"
 
 
-# ------------------------------------------------------------- invariant 8, and the network as such
+# -------------------------------------------- blocks of one token, and the network as such
 
 
 def causal_twin(network) -> Qwen3ForCausalLM:
@@ -225,7 +229,7 @@ def test_block_size_1_is_causal_qwen3_up_to_the_shift(tiny_model):
     row = one_row([replay(rollout, 1, weight=1.0)], 1)
     mine = logits_of(tiny_model, row, "joint")
     ids = rollout.prompt_ids + rollout.response_ids
-    for logits, position in zip(mine, row.positions[row.rows].tolist(), strict=True):
+    for logits, position in zip(mine, row.positions[row.scored].tolist(), strict=True):
         theirs = twin(torch.tensor([ids[:position] + [MASK]])).logits[0, -1]
         assert (logits - theirs).abs().max() < 1e-4
     clean = logits_of(tiny_model, clean_row(ids, 1), "joint")
@@ -288,7 +292,7 @@ def test_clean_pass_against_a_forward_written_out(tiny_folder, tiny_model, atten
 
 
 def oracle(logits: list[float], target: int, bound: float, how: Sampling) -> tuple[float, float]:
-    """(log-probability, entropy) of one row by sorting, in plain Python."""
+    """(log-probability, entropy) of one action by sorting, in plain Python."""
     scaled = [x / how.temperature for x in logits]
     total = sum(math.exp(x) for x in scaled)
     p = [math.exp(x) / total for x in scaled]
@@ -324,8 +328,8 @@ def test_score_logits_against_sorting(temperature, top_k, top_p):
     scores = score_logits(logits, targets, bounds, how)
     for m in range(40):
         logprob, entropy = oracle(logits[m].tolist(), int(targets[m]), float(bounds[m]), how)
-        assert float(scores.logprobs[m]) == pytest.approx(logprob, abs=1e-4), f"row {m}"
-        assert float(scores.entropy[m]) == pytest.approx(entropy, abs=1e-4), f"row {m}"
+        assert float(scores.logprobs[m]) == pytest.approx(logprob, abs=1e-4), f"action {m}"
+        assert float(scores.entropy[m]) == pytest.approx(entropy, abs=1e-4), f"action {m}"
 
 
 def test_reveals_and_holds_sum_to_one():
@@ -353,10 +357,10 @@ def test_impossible_actions_get_the_floor_and_finite_gradients(how):
     assert not scores.entropy.requires_grad, "a metric"
 
 
-def few_logits_at_once(monkeypatch, vocabulary: int, rows: int) -> None:
-    """Chunks of at most `rows` rows, on whichever path."""
-    monkeypatch.setattr(sdar, "LOGITS_KEPT", rows * vocabulary)
-    monkeypatch.setattr(sdar, "SCORING_BYTES", 10 * rows * vocabulary)
+def few_logits_at_once(monkeypatch, vocabulary: int, scored: int) -> None:
+    """Chunks of at most `scored` positions, on whichever path."""
+    monkeypatch.setattr(sdar, "LOGITS_KEPT", scored * vocabulary)
+    monkeypatch.setattr(kernels, "SCORING_BYTES", 10 * scored * vocabulary)
 
 
 @pytest.mark.parametrize(
@@ -364,15 +368,15 @@ def few_logits_at_once(monkeypatch, vocabulary: int, rows: int) -> None:
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunked_scoring_changes_nothing(tmp_path, monkeypatch, how, tied):
-    network = sdar.load(str(sdar.tiny(tmp_path, **TINY | {"tie_word_embeddings": tied})))
+    network = sdar.load(str(tiny(tmp_path, **TINY | {"tie_word_embeddings": tied})))
     rng = random.Random(4)
     views = [replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(4)]
     row = one_row(views, 4)
-    assert (row.targets == HOLD).any() and len(row.rows) > 11
-    weights = torch.linspace(-1, 1, len(row.rows))
+    assert (row.targets == HOLD).any() and len(row.scored) > 11
+    weights = torch.linspace(-1, 1, len(row.scored))
     whole = network.score(row, how)
     whole_gradient = gradient(network, (whole.logprobs * weights).sum())
-    few_logits_at_once(monkeypatch, network.config.vocab_size, rows=5)
+    few_logits_at_once(monkeypatch, network.config.vocab_size, scored=5)
     chunked = network.score(row, how)
     assert (whole.logprobs - chunked.logprobs).abs().max() < 1e-5
     assert (whole.entropy - chunked.entropy).abs().max() < 1e-5
@@ -381,19 +385,19 @@ def test_chunked_scoring_changes_nothing(tmp_path, monkeypatch, how, tied):
 
 def test_top_k_is_scored_in_chunks_too(tiny_model, monkeypatch):
     row = one_row([replay(random_rollout(random.Random(4), 4), 4, 1.0) for _ in range(4)], 4)
-    rows_at_once = []
-    tiny_model.lm_head.register_forward_hook(lambda m, i, out: rows_at_once.append(len(out)))
-    few_logits_at_once(monkeypatch, tiny_model.config.vocab_size, rows=5)
+    at_once = []
+    tiny_model.lm_head.register_forward_hook(lambda m, i, out: at_once.append(len(out)))
+    few_logits_at_once(monkeypatch, tiny_model.config.vocab_size, scored=5)
     tiny_model.score(row, Sampling(top_k=3)).logprobs.sum().backward()
-    assert max(rows_at_once) <= 5 and sum(rows_at_once) == 2 * len(row.rows), "again backward"
+    assert max(at_once) <= 5 and sum(at_once) == 2 * len(row.scored), "again backward"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("holds", [False, True])
-@pytest.mark.parametrize("rows", [1, 4, 11])
-def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, rows):
-    """Against autograd through score_logits, and against finite differences; 11 rows in chunks."""
-    generator = torch.Generator().manual_seed(rows)
+@pytest.mark.parametrize("at_once", [1, 4, 11])
+def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, at_once):
+    """Against autograd through score_logits, and against finite differences; 11 actions in chunks."""
+    generator = torch.Generator().manual_seed(at_once)
     hidden = torch.randn(11, 6, generator=generator, dtype=torch.double)
     head = 2 * torch.randn(19, 6, generator=generator, dtype=torch.double)
     targets = torch.randint(0, 19, (11,), generator=generator)
@@ -401,11 +405,11 @@ def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, rows):
     if holds:
         targets[::2] = HOLD
         bounds[2], bounds[4] = 0, math.inf  # nothing could be held; any draw would have been
-    few_logits_at_once(monkeypatch, 19, rows)
+    few_logits_at_once(monkeypatch, 19, at_once)
     inputs = (hidden.requires_grad_(True), head.requires_grad_(True))
 
     def mine(hidden, head):
-        return sdar.ScoreRows.apply(hidden, head, targets, bounds, temperature)
+        return kernels.ScoreChunks.apply(hidden, head, targets, bounds, temperature, sdar.LOG_FLOOR)
 
     scores = score_logits(hidden @ head.T, targets, bounds, Sampling(temperature))
     logprobs, entropy = mine(*inputs)
@@ -418,9 +422,11 @@ def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, rows):
 
 
 def test_a_frozen_head_gets_no_gradient(monkeypatch):
-    few_logits_at_once(monkeypatch, 30, rows=5)
+    few_logits_at_once(monkeypatch, 30, scored=5)
     hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8)
-    logprobs, _ = sdar.ScoreRows.apply(hidden, head, torch.arange(20), torch.zeros(20), 1.0)
+    logprobs, _ = kernels.ScoreChunks.apply(
+        hidden, head, torch.arange(20), torch.zeros(20), 1.0, sdar.LOG_FLOOR
+    )
     logprobs.sum().backward()
     assert hidden.grad.abs().sum() > 0 and head.grad is None
 
@@ -430,10 +436,10 @@ def test_a_frozen_head_gets_no_gradient(monkeypatch):
 def test_memory_of_scoring_is_one_chunk(monkeypatch, dtype, hidden, holds):
     """At most 10 bytes per logit of a chunk, next to gradients of head and hidden states held once.
 
-    That is SCORING_BYTES, whatever the number of rows.
+    That is SCORING_BYTES, however many positions are scored.
     """
     vocabulary, chunk = 4096, 100
-    few_logits_at_once(monkeypatch, vocabulary, rows=chunk)
+    few_logits_at_once(monkeypatch, vocabulary, scored=chunk)
     problem = scoring.Problem(1000, vocabulary, hidden, dtype, "cpu")
     results = problem.hidden.nbytes + problem.head.nbytes
     targets = problem.some_held if holds else problem.targets
@@ -447,26 +453,26 @@ def test_memory_of_scoring_is_one_chunk(monkeypatch, dtype, hidden, holds):
 @pytest.mark.parametrize("holds", [False, True])
 def test_compiled_scoring_equals_eager(dtype, holds):
     """What CUDA runs, compiled for the CPU; the second size of a chunk must not be a special case."""
-    for rows in (40, 24):
-        problem = scoring.Problem(rows, 1000, 16, dtype, "cpu")
+    for scored in (40, 24):
+        problem = scoring.Problem(scored, 1000, 16, dtype, "cpu")
         logits = (problem.hidden @ problem.head.T).detach()
         bounds = torch.where(problem.some_held == HOLD, problem.bounds, 0) if holds else None
         targets = problem.some_held if holds else problem.targets
         eager, compiled = (
-            f(logits.clone(), targets, bounds, 1.0)
-            for f in (sdar._score_chunk, sdar._compiled(sdar._score_chunk))
+            f(logits.clone(), targets, bounds, 1.0, sdar.LOG_FLOOR)
+            for f in (kernels._score_chunk, kernels._compiled(kernels._score_chunk))
         )
         for a, b in zip(eager, compiled, strict=True):
             assert torch.allclose(a, b, atol=2e-5)
         parts = (bounds, eager[0], eager[2], problem.weights, 1.0)
         eager, compiled = (
             f(logits.clone(), *parts)
-            for f in (sdar._score_chunk_gradient, sdar._compiled(sdar._score_chunk_gradient))
+            for f in (kernels._score_chunk_gradient, kernels._compiled(kernels._score_chunk_gradient))
         )
         assert torch.allclose(eager, compiled, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_score_is_score_logits_of_the_rows(tiny_model):
+def test_score_is_score_logits_of_what_is_scored(tiny_model):
     rng, how = random.Random(5), Sampling(0.9, top_k=50)
     row = one_row([replay(random_rollout(rng, 4), 4, 1.0, exact=True) for _ in range(3)], 4)
     scores = tiny_model.score(row, how)
@@ -490,13 +496,13 @@ def train_on(network, rows: list[Packed]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("changes", [{}, MOE], ids=["", "moe"])
 def test_checkpointing_trades_memory_and_changes_nothing(tmp_path, changes):
     """Bytes held after the forward pass: none > selective > full; the gradient is the same."""
-    folder = str(sdar.tiny(tmp_path, **TINY | changes))
+    folder = str(tiny(tmp_path, **TINY | changes))
     rows = noised_rows([200])
     held, gradients = {}, {}
     for how in ("none", "selective", "full"):
         network = sdar.load(folder)
         names = network.state_dict().keys()
-        sdar.checkpoint_layers(network, how)
+        kernels.checkpoint_layers(network, how)
         assert network.state_dict().keys() == names
         gradients[how] = train_on(network, rows)
         kept = []
@@ -509,7 +515,7 @@ def test_checkpointing_trades_memory_and_changes_nothing(tmp_path, changes):
 
 def test_another_word_for_checkpointing_is_refused(tiny_model):
     with pytest.raises(InputError, match="expected none, selective or full, got some"):
-        sdar.checkpoint_layers(tiny_model, "some")
+        kernels.checkpoint_layers(tiny_model, "some")
 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
@@ -518,8 +524,8 @@ def test_compiled_layers(tiny_folder, how):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     eager, network = sdar.load(str(tiny_folder)), sdar.load(str(tiny_folder))
-    sdar.checkpoint_layers(network, how)
-    sdar.compile_layers(network, backend=counter)
+    kernels.checkpoint_layers(network, how)
+    kernels.compile_layers(network, backend=counter)
     rows = noised_rows([60, 100, 84, 200])
     gradients = train_on(network, rows[:3])
     assert 1 <= counter.frame_count <= 3
@@ -553,9 +559,9 @@ def edit_config(folder, drop=(), **changes) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, MOE], ids=["", "tied", "moe"])
 def test_load_and_save_round_trip(tmp_path, changes):
-    first = sdar.tiny(tmp_path / "first", **TINY | changes)
+    first = tiny(tmp_path / "first", **TINY | changes)
     network = sdar.load(str(first))
-    sdar.save(network, tmp_path / "second", first)
+    save(network, tmp_path / "second", first)
     before, after = tensors_of(first), tensors_of(tmp_path / "second")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -571,18 +577,18 @@ def test_load_and_save_round_trip(tmp_path, changes):
 
 
 def test_save_over_the_folder_it_came_from(tmp_path):
-    folder = sdar.tiny(tmp_path, **TINY)
+    folder = tiny(tmp_path, **TINY)
     config = (folder / "config.json").read_bytes()
     network = sdar.load(str(folder))
     with torch.no_grad():
         network.lm_head.weight.mul_(2)
-    sdar.save(network, folder, folder)
+    save(network, folder, folder)
     assert (folder / "config.json").read_bytes() == config
     assert torch.equal(sdar.load(str(folder)).lm_head.weight, network.lm_head.weight)
 
 
 def test_a_folder_as_published_loads_without_remote_code(tmp_path, tiny_folder):
-    folder = sdar.tiny(tmp_path, **TINY)
+    folder = tiny(tmp_path, **TINY)
     edit_config(
         folder,
         drop=["block_size", "mask_token_id", "pad_token_id"],
@@ -603,14 +609,14 @@ def test_a_folder_as_published_loads_without_remote_code(tmp_path, tiny_folder):
     row = one_row([replay(random_rollout(random.Random(7), 4), 4, 1.0)], 4)
     with torch.no_grad():
         assert torch.equal(*(m.score(row, Sampling()).logprobs for m in (network, twin)))
-    sdar.save(network, tmp_path / "out", folder)
+    save(network, tmp_path / "out", folder)
     assert (tmp_path / "out" / "modeling_sdar.py").read_text() == trap
     copied = (tmp_path / "out" / "config.json").read_bytes()
     assert copied == (folder / "config.json").read_bytes()
 
 
 def test_moe_files_keep_one_tensor_per_expert(tmp_path):
-    folder = sdar.tiny(tmp_path, **TINY | MOE)
+    folder = tiny(tmp_path, **TINY | MOE)
     names = tensors_of(folder)
     for expert in range(4):
         for projection, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32))):
@@ -623,13 +629,13 @@ def test_moe_files_keep_one_tensor_per_expert(tmp_path):
     row = one_row([replay(rollout, 4, weight=1.0)], 4)
     mine = network.score(row, Sampling()).logprobs
     theirs, _ = layout.score_rounds(network, rollout, 4, MASK)
-    at = row.positions[row.rows] - len(rollout.prompt_ids)
+    at = row.positions[row.scored] - len(rollout.prompt_ids)
     assert (mine - theirs[at]).abs().max() < 1e-5
     assert gradient(network, mine.sum()).isfinite().all()
 
 
 def test_sharded_weights_load(tmp_path):
-    folder = sdar.tiny(tmp_path, **TINY)
+    folder = tiny(tmp_path, **TINY)
     whole = tensors_of(folder)
     (folder / "model.safetensors").unlink()
     names, index = sorted(whole), {}
@@ -674,7 +680,7 @@ DAMAGE = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_named(tmp_path, name):
     damage, message = DAMAGE[name]
-    folder = sdar.tiny(tmp_path / "damaged", **TINY)
+    folder = tiny(tmp_path / "damaged", **TINY)
     damage(folder)
     with pytest.raises(InputError) as caught:
         sdar.load(str(folder))
@@ -688,29 +694,29 @@ def test_no_folder(tmp_path):
 
 
 def test_the_tokenizer_travels_with_the_checkpoint(tmp_path, tiny_folder, tiny_model):
-    sdar.save(tiny_model, tmp_path / "copy", tiny_folder)
-    tokenizer = sdar.load_tokenizer(str(tmp_path / "copy"))
+    save(tiny_model, tmp_path / "copy", tiny_folder)
+    tokenizer = load_tokenizer(str(tmp_path / "copy"))
     assert tokenizer.mask_token_id == MASK
-    assert tokenizer.chat_template == sdar.CHAT_TEMPLATE
+    assert tokenizer.chat_template == CHAT_TEMPLATE
     chat = [{"role": "user", "content": "1+2?\u00e9"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == "<|im_start|>user\n1+2?\u00e9<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
-    names = tokenizer.convert_ids_to_tokens(sdar.stop_ids(tokenizer))
+    names = tokenizer.convert_ids_to_tokens(stop_ids(tokenizer))
     assert sorted(names) == ["<|endoftext|>", "<|im_end|>"]
     assert AutoTokenizer.from_pretrained(tmp_path / "copy").get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_tokenizer_without_what_is_needed_is_refused(tmp_path):
-    folder = sdar.tiny(tmp_path / "a", **TINY)
+    folder = tiny(tmp_path / "a", **TINY)
     for file in folder.glob("*.jinja"):
         file.unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="no chat template"):
-        sdar.load_tokenizer(str(folder))
+        load_tokenizer(str(folder))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match="cannot read the tokenizer"):
-        sdar.load_tokenizer(str(folder))
+        load_tokenizer(str(folder))

@@ -14,17 +14,22 @@ import pytest
 import rank_worker
 import torch
 from conftest import TINY
+from data_rows import write_task
 from safetensors.torch import load_file
 
-from model import load, tiny
+from model import load
+from plumbing.checkpoint import tiny
+from plumbing.common import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HANG_GUARD = 240.0  # seconds; far above what the ranks need
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("ranks") / "tiny", **TINY)
+    """A checkpoint; beside it the data files that a config has to name."""
+    place = tmp_path_factory.mktemp("ranks")
+    write_task(place)
+    return tiny(place / "tiny", **TINY)
 
 
 def on_ranks(ranks: int, names: str, folder: Path, out: Path) -> dict[str, list[dict]]:
@@ -184,7 +189,7 @@ MOE = {
     "norm_topk_prob": True, "mlp_only_layers": [1],
 }  # fmt: skip
 KINDS = {
-    # sizes that two ranks and four cannot share evenly, down to fewer rows than ranks
+    # sizes that two ranks and four cannot share evenly, down to first dimensions below the number of ranks
     "tied": TINY | {"tie_word_embeddings": True, "hidden_size": 54, "num_hidden_layers": 3, "head_dim": 2},
     "moe": TINY | MOE,
     "large": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 64},
@@ -199,7 +204,7 @@ def kinds(folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_read_their_own_rows_hold_what_from_pretrained_does(kinds, tmp_path, ranks):
+def test_ranks_that_read_their_own_slices_hold_what_from_pretrained_does(kinds, tmp_path, ranks):
     names = ["load-tied", "load-moe"]
     records = on_ranks(ranks, ",".join(names), kinds, tmp_path)
     for name in names:

@@ -5,7 +5,6 @@ Python is still importing, in the middle of training, and while a checkpoint is 
 latter two are forked from a server that has the imports done, since those would take most of the time.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -20,14 +19,13 @@ import pytest
 import tiny as tiny_task
 
 import dipo
-import model
 import sft
+from plumbing import run_folder
+from plumbing.checkpoint import tiny
+from plumbing.common import ROOT, read_records
+from plumbing.config import load_config
 
-ROOT = Path(__file__).resolve().parents[1]
-ONE_THREAD = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}  # same sums each time
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # same sums each time
 KILLS = 10
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -38,12 +36,13 @@ DIPO = ["steps=6", "save_every=1", "groups=4", "group_size=4", "max_rounds=2", "
 DIPO += ["threshold=0.005", "rewards.speed=1.0", "lr=1e-3", "updates=2", "kl_beta=0.1"]
 SHARED = ["keep_checkpoints=2", "eval_every=3", "eval_limit=2", "eval_max_tokens=8", "seed=3"]
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json"}
+SCRIPTS = {"sft": (sft.main, sft.SFTConfig), "dipo": (dipo.main, dipo.DiPOConfig)}
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("good")
-    model.tiny(folder / "model", **SMALL)
+    tiny(folder / "model", **SMALL)
     options = ["--out", str(folder), "--sft", "30", "--rl", "30", "--validation", "4"]
     tiny_task.main([*options, "--test", "4", "--min-terms", "2", "--max-terms", "3"])
     return folder
@@ -85,10 +84,10 @@ def servers():
         yield context
 
 
-def lines(file: Path) -> list[dict]:
-    """Lines of a JSON Lines file without what depends on the clock."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{k: v for k, v in r.items() if "seconds" not in k.split("/")} for r in rows]
+def logged(log: Path) -> list[dict]:
+    """The records of a log without what depends on the clock."""
+    records = [record for _, record in read_records(log)]
+    return [{k: v for k, v in r.items() if "seconds" not in k.split("/")} for r in records]
 
 
 def assert_same_run(ours: Path, reference: Path) -> None:
@@ -96,7 +95,7 @@ def assert_same_run(ours: Path, reference: Path) -> None:
         same = (ours / "latest" / name).read_bytes() == (reference / "latest" / name).read_bytes()
         assert same, f"{name} differs from the uninterrupted run's"
     for log in reference.glob("*.jsonl"):
-        assert lines(ours / log.name) == lines(log), f"{log.name} differs"
+        assert logged(ours / log.name) == logged(log), f"{log.name} differs"
     names = [sorted(f.name for f in out.glob("checkpoints/*")) for out in (ours, reference)]
     assert names[0] == names[1], "other checkpoints are left than in the uninterrupted run"
     assert os.readlink(ours / "latest") == os.readlink(reference / "latest")
@@ -135,8 +134,9 @@ def kill_while_running(
     """
     config = out / "config.yaml"
     before = config.stat().st_mtime_ns if config.exists() else 0
-    main = {"sft": sft, "dipo": dipo}[script].main
-    process = servers.Process(target=main, args=(arguments(good, script, out, "resume=true"),))
+    main, config_class = SCRIPTS[script]
+    options = load_config(config_class, arguments(good, script, out, "resume=true"))
+    process = servers.Process(target=main, args=(options,))
     process.start()
     # The config is written anew at each start, just before the model is loaded.
     wait_until(lambda: config.exists() and config.stat().st_mtime_ns > before, process.is_alive)
@@ -160,7 +160,7 @@ def test_killed_and_resumed_runs_end_bit_identical(good, tmp_path, servers, scri
     finish(start(good, script, reference))
     ended = (reference / "latest").lstat().st_mtime
     length = ended - (reference / "config.yaml").stat().st_mtime
-    assert len(lines(reference / "metrics.jsonl")) == (12 if script == "sft" else 6)
+    assert len(logged(reference / "metrics.jsonl")) == (12 if script == "sft" else 6)
 
     rng = random.Random(script)
     moments = ["training"] * 6 + ["saving"] * 3
@@ -198,7 +198,8 @@ def finished(request, good, tmp_path_factory) -> tuple[str, Path]:
 
 
 def run_here(script: str, good: Path, out: Path, *more: str) -> None:
-    {"sft": sft, "dipo": dipo}[script].main(arguments(good, script, out, *more))
+    main, config_class = SCRIPTS[script]
+    main(load_config(config_class, arguments(good, script, out, *more)))
 
 
 def copy(out: Path, tmp_path: Path) -> Path:
@@ -253,7 +254,7 @@ def test_leftovers_of_a_kill_are_removed(finished, good, tmp_path) -> None:
     assert_only_complete_checkpoints(out)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (out / "latest" / name).read_bytes() == (reference / "latest" / name).read_bytes()
-    assert lines(out / "metrics.jsonl") == lines(reference / "metrics.jsonl")
+    assert logged(out / "metrics.jsonl") == logged(reference / "metrics.jsonl")
 
 
 def test_a_kill_before_the_oldest_checkpoint_went_leaves_no_more_of_them(finished, good, tmp_path) -> None:
@@ -293,7 +294,7 @@ def test_killed_while_an_old_checkpoint_is_deleted(good, tmp_path, monkeypatch) 
         raise Killed
 
     out = tmp_path / "run"
-    monkeypatch.setattr(sft.shutil, "rmtree", delete_one_file)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", delete_one_file)
     with pytest.raises(Killed):
         run_here("sft", good, out)
     monkeypatch.undo()

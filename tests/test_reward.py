@@ -2,17 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import reward
-from reward import Graded, extract_answer, grade, is_equivalent
+from plumbing import answers
+from plumbing.answers import extract_answer, is_equivalent
+from reward import Graded, Question, Utf8, example, grade
+from rollout import Rollout
+
+ROOT = Path(__file__).resolve().parents[1]
 
 HANG_GUARD = 60.0  # seconds; far above every limit below, so that a slow machine fails nothing
 
@@ -113,7 +120,7 @@ def test_extraction_is_linear(text):
 @pytest.fixture
 def pool():
     """A pool of its own, and the promise that it leaves no process behind."""
-    pool = reward.Pool()
+    pool = answers.Pool()
     yield pool
     pids = [worker.process.pid for worker in pool.idle + pool.busy]
     pool.close()
@@ -178,9 +185,8 @@ def test_a_killed_child_is_replaced(pool):
 
 
 def test_a_worker_ends_with_its_standard_input():
-    command = [sys.executable, reward.__file__, "--worker"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    command, pipe = [sys.executable, "-m", "plumbing.answers"], subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
     replies, _ = process.communicate(task("2x", "x+x") + "\n" + task("x", "y") + "\n", timeout=HANG_GUARD)
     ready, *verdicts = replies.splitlines()
     assert ready == "ready" and [json.loads(verdict)[0] for verdict in verdicts] == [True, False]
@@ -188,11 +194,10 @@ def test_a_worker_ends_with_its_standard_input():
 
 
 def test_workers_end_when_this_process_is_killed():
-    program = f"import reward; p = reward.Pool(); p.run(['{task('2x', 'x')}'], 1); " + (
+    program = f"from plumbing import answers; p = answers.Pool(); p.run(['{task('2x', 'x')}'], 1); " + (
         f"print(p.idle[0].process.pid, flush=True); p.run([{task(NEVER, 'x', 1.0)!r}], 1)"
     )
-    folder = os.path.dirname(reward.__file__)
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())
     process.kill()
     process.communicate()
@@ -218,16 +223,16 @@ def test_an_interrupted_task_does_not_answer_the_next(pool):
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_wrong_answer(pool, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="--worker"):
+    with pytest.raises(RuntimeError, match="-m plumbing.answers"):
         pool.run([task("2x", "x + x")], 2)
 
 
 def test_memory_is_limited():
     # The worker's body in a process of ours, which then asks for more than the limit.
-    probe = "import reward; reward._serve(); bytearray(reward.MEMORY_BYTES)"
+    probe = "from plumbing import answers; answers._serve(); bytearray(answers.MEMORY_BYTES)"
     done = subprocess.run(
         [sys.executable, "-c", probe],
-        cwd=os.path.dirname(reward.__file__),
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -239,12 +244,33 @@ def test_memory_is_limited():
 
 def test_the_same_pair_is_compared_once(monkeypatch):
     asked = []
-    run = reward.Pool.run
-    monkeypatch.setattr(reward.Pool, "run", lambda self, tasks, n: asked.extend(tasks) or run(self, tasks, n))
+    run = answers.Pool.run
+    monkeypatch.setattr(
+        answers.Pool, "run", lambda self, tasks, n: asked.extend(tasks) or run(self, tasks, n)
+    )
     pairs = [(r"\frac{6x}{14}", r"\frac{3x}{7}", None)] * 3 + [("5", "5", None)]
     for _ in range(2):
-        assert all(verdict.equal for verdict in reward.judge_all(pairs, seconds=29.0))
+        assert all(verdict.equal for verdict in answers.judge_all(pairs, seconds=29.0))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 1_000_000])
+def test_the_ranks_of_a_machine_share_its_cores(ranks):
+    program = "import os; from plumbing.answers import judge_all, _pool; " + (
+        "judge_all([(f'{i}x', f'x + {i - 1}x', None) for i in range(2, 5)], 60.0); "
+        "print(len(_pool().idle), min(3, len(os.sched_getaffinity(0))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ | {"LOCAL_WORLD_SIZE": str(ranks)},
+        capture_output=True,
+        text=True,
+        timeout=HANG_GUARD,
+        check=True,
+    )
+    workers, at_most = map(int, done.stdout.split())
+    assert workers == (at_most if ranks == 1 else 1)
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0])
@@ -256,17 +282,22 @@ def test_a_limit_of_no_time_is_refused(seconds):
 
 def test_reward_needs_no_torch():
     program = "import sys, reward; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", program], cwd=os.path.dirname(reward.__file__)).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 # ------------------------------------------------------------------------------------------ rewards
 
 
-def graded(correct, tpf=1.0, block_size=4, **fields):
-    values = {"text": "", "answer": None, "gold": "1", "num_tokens": 8, "truncated": False} | fields
-    return Graded(correct=correct, tokens_per_forward=tpf, block_size=block_size, **values)
+def graded(
+    correct, tpf=1.0, block_size=4, *, text="", answer=None, num_tokens=8, truncated=False, max_tokens=0
+) -> Graded:
+    """A verdict with just these facts: 180 tokens make every TPF below a whole number of forwards."""
+    forwards = round(180 / tpf)
+    steps = [1 + i % forwards for i in range(max(180, forwards))]  # no decoder has a TPF below 1
+    reason = "length" if truncated else "stop"
+    rollout = Rollout([], [0] * 180, steps, [], [], num_tokens, reason)
+    assert rollout.tokens_per_forward == tpf
+    return Graded(rollout, Question("?", "1"), text, answer, correct, block_size, max_tokens)
 
 
 @pytest.mark.parametrize(
@@ -390,15 +421,15 @@ def test_repetition(text, value):
 @pytest.mark.parametrize("name", ["cosine", "soft_overlong", "length"])
 def test_a_reward_of_length_without_the_limit_is_an_error(name):
     with pytest.raises(ValueError, match="max_tokens"):
-        reward.score(graded(True), {name: 1.0})
+        reward.values(graded(True), {name: 1.0})
 
 
-def test_score_is_unweighted_and_total_is_weighted():
+def test_values_are_unweighted_and_total_is_weighted():
     weights = {"accuracy": 2.0, "speed": 0.5}
-    rewards = reward.score(graded(True, tpf=2.5), weights)
+    rewards = reward.values(graded(True, tpf=2.5), weights)
     assert rewards == pytest.approx({"accuracy": 1.0, "speed": 0.75})
     assert reward.total(rewards, weights) == pytest.approx(2.375)
-    assert set(reward.score(graded(True), {"speed": 1.0})) == {"speed"}
+    assert set(reward.values(graded(True), {"speed": 1.0})) == {"speed"}
 
 
 def test_check_names():
@@ -411,12 +442,12 @@ def test_check_names():
 
 def test_a_reward_of_your_own_by_dotted_path(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
-        "def tokens(graded):\n    return graded.num_tokens / 10\n\nten = 10\n"
+        "def tokens(graded):\n    return graded.rollout.num_tokens / 10\n\nten = 10\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     weights = {"accuracy": 1.0, "my_rewards.tokens": 0.5}
     reward.check_names(weights)
-    rewards = reward.score(graded(True, num_tokens=20), weights)
+    rewards = reward.values(graded(True, num_tokens=20), weights)
     assert rewards == {"accuracy": 1.0, "my_rewards.tokens": 2.0}
     assert reward.total(rewards, weights) == 2.0
     for name in ("my_rewards.missing", "my_rewards.ten", "not_there.tokens", ".tokens", "tokens."):
@@ -435,18 +466,22 @@ def test_a_reward_of_your_own_by_dotted_path(tmp_path, monkeypatch):
     ],
 )
 def test_grade(text, truncated, answer, correct):
-    result = grade(
-        text,
-        r"\frac{1}{2}",
-        num_tokens=5,
-        truncated=truncated,
-        tokens_per_forward=2.0,
-        block_size=4,
-    )
-    assert result == Graded(text, answer, r"\frac{1}{2}", correct, 5, truncated, 2.0, 4)
+    rollout, question = example(text, 2.0, truncated), Question("1 - 1/2?", r"\frac{1}{2}")
+    (result,) = grade([rollout], [question], Utf8(), block_size=4)
+    assert result == Graded(rollout, question, text, answer, correct, 4)
+    assert result.truncated == truncated
+    assert result.rollout.num_tokens == len(text)
+    assert result.rollout.tokens_per_forward == len(text) / -(-len(text) // 2)
 
 
-def test_grade_all_is_grade_for_each():
+def test_what_follows_the_stop_token_is_not_graded():
+    rollout = example(r"\boxed{1}\boxed{2}")
+    rollout.num_tokens = len(r"\boxed{1}")
+    (result,) = grade([rollout], [Question("?", "1")], Utf8(), block_size=4)
+    assert (result.text, result.answer, result.correct) == (r"\boxed{1}", "1", True)
+
+
+def test_many_are_graded_as_each_alone():
     texts = [
         r"\boxed{0.5}",
         r"\boxed{0.5}",
@@ -458,22 +493,15 @@ def test_grade_all_is_grade_for_each():
     golds = [r"\frac12", r"\frac12", r"\frac12", "0.5x", "4.2", "4.2"]
     truncated = [False, True, False, False, False, False]
     tolerances = [None, None, None, None, 0.1, None]
-    common = {"block_size": 4, "max_tokens": 64}
-    batch = reward.grade_all(
-        texts, golds, num_tokens=[1, 2, 3, 4, 5, 6], truncated=truncated,
-        tokens_per_forward=[1.0] * 6, tolerances=tolerances, **common,
-    )  # fmt: skip
-    one_by_one = [
-        grade(
-            text, gold, num_tokens=i + 1, truncated=cut, tokens_per_forward=1.0, tolerance=tolerance, **common
-        )
-        for i, (text, gold, cut, tolerance) in enumerate(
-            zip(texts, golds, truncated, tolerances, strict=True)
-        )
-    ]
+    rollouts = [example(text, 1.0, cut) for text, cut in zip(texts, truncated, strict=True)]
+    questions = [Question("?", gold, limit) for gold, limit in zip(golds, tolerances, strict=True)]
+    how = {"tokenizer": Utf8(), "block_size": 4, "max_tokens": 64}
+    batch = grade(rollouts, questions, **how)
+    one_by_one = [grade([r], [q], **how)[0] for r, q in zip(rollouts, questions, strict=True)]
     assert batch == one_by_one
     assert [g.correct for g in batch] == [True, False, False, True, True, False]
-    assert reward.grade_all([], [], num_tokens=[], truncated=[], tokens_per_forward=[], block_size=4) == []
+    assert [g.max_tokens for g in batch] == [64] * 6
+    assert grade([], [], Utf8(), block_size=4) == []
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -485,7 +513,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_check_explains_each_verdict(tmp_path):
-    rows = [
+    records = [
         {"text": r"So \boxed{\dfrac{1}{2}}.", "gold": "0.5"},
         {"response": r"\boxed{5 km}", "answer": r"5\text{ kg}"},
         {"text": r"\boxed{2, 1}", "gold": "1,2"},
@@ -493,7 +521,7 @@ def test_check_explains_each_verdict(tmp_path):
         {"text": r"\boxed{4.25}", "gold": "4.2", "tolerance": 0.1},
     ]
     file = tmp_path / "responses.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
     done = launch("--check", str(file))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if not line.startswith("  ")] == [
@@ -508,10 +536,10 @@ def test_check_explains_each_verdict(tmp_path):
     assert "answer no closed box" in done.stdout
 
 
-@pytest.mark.parametrize("row", ["{}", "[1]", "no json", '{"text": "1"}', '{"gold": "1"}'])
-def test_check_names_the_bad_line(tmp_path, row):
+@pytest.mark.parametrize("line", ["{}", "[1]", "no json", '{"text": "1"}', '{"gold": "1"}'])
+def test_check_names_the_bad_line(tmp_path, line):
     file = tmp_path / "responses.jsonl"
-    file.write_text(json.dumps({"text": "", "gold": "1"}) + "\n" + row + "\n")
+    file.write_text(json.dumps({"text": "", "gold": "1"}) + "\n" + line + "\n")
     done = launch("--check", str(file))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and f"{file}:2" in done.stderr
 
@@ -521,10 +549,11 @@ def test_check_without_a_file():
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/nowhere.jsonl" in done.stderr
 
 
-def test_draw(tmp_path):
-    file = tmp_path / "rewards.png"
-    assert launch("--draw", str(file)).returncode == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
+def test_the_curves_are_plotted(tmp_path):
+    script = shutil.copy(ROOT / "docs/rewards.py", tmp_path)  # which writes beside itself
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script], env=environment, timeout=HANG_GUARD, check=True)
+    assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_example_runs_as_a_user_would_run_it():

@@ -1,22 +1,25 @@
 """The engine against a decoder that recomputes everything from scratch, and against the trainer.
 
-The oracles are the text of the design in plain Python: which positions a rule reveals, and a decoder
-without a cache whose every step is one forward over prompt and blocks under a block-causal mask.
+The oracles are what rollout.py's first lines say, in plain Python: which positions a rule reveals, and a
+decoder without a cache whose every step is one forward over prompt and blocks under a block-causal mask.
 """
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
 from conftest import TINY
 
 import model
-from masking import InputError, pack, replay
-from model import tiny
-from rollout import Decoding, Rollout, TorchEngine, hold_bound, reveal
+from masking import pack, replay
+from plumbing.checkpoint import tiny
+from plumbing.common import InputError
+from plumbing.config import Rule
+from rollout import Decoding, Rollout, TorchEngine, end_rollout, hold_bound, reveal
 
-RULES = ("dynamic", "static", "sequential")
+RULES = get_args(Rule)
 VOCABULARY, MASK = 24, 23  # a small vocabulary, so that stop tokens and repeated draws are common
 STOPS = [5, 11]
 
@@ -46,7 +49,7 @@ def random_prompts(lengths, seed=0) -> list[list[int]]:
 
 
 def reveal_by_hand(confidence: list[float], masked: list[bool], how: Decoding) -> list[bool]:
-    """Section 2 of the design, word for word."""
+    """The three rules of rollout.py, word for word."""
     unknown = [j for j in range(len(masked)) if masked[j]]
     best_first = sorted(unknown, key=lambda j: confidence[j], reverse=True)
     count = max(1, len(masked) // how.denoising_steps)
@@ -121,7 +124,7 @@ def logits_from_scratch(network, ids: list[int], block_size: int) -> torch.Tenso
         input_ids=torch.tensor([ids]),
         position_ids=torch.arange(len(ids))[None],
         use_cache=False,
-        visible=BlockCausal(len(ids), block_size),
+        attention=BlockCausal(len(ids), block_size),
     ).last_hidden_state
     return network.lm_head(hidden)[0]
 
@@ -212,6 +215,27 @@ def test_nothing_to_do(network):
 # -------------------------------------------------------------------------------- where it ends
 
 
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "num_tokens", "reason"),
+    [
+        ([1, 2, 3, 4], 8, 4, "length"),
+        ([1, 2, 3, 4], 4, 4, "length"),
+        ([1, 2, 3, 4], 3, 3, "length"),  # inside a block
+        ([1, 5, 3, 4], 4, 2, "stop"),
+        ([1, 2, 3, 5], 4, 4, "stop"),
+        ([1, 2, 5, 4], 3, 3, "stop"),
+        ([1, 2, 3, 5], 3, 3, "length"),  # the stop token is beyond the limit
+        ([1, 11, 5, 5], 4, 2, "stop"),  # the first of several
+    ],
+)
+def test_what_of_a_response_is_shown(ids, max_tokens, num_tokens, reason):
+    steps, logprobs, bounds = [1, 1, 2, 3], [-0.1, -0.2, -0.3, -0.4], [0.9, 0.9, 0.5, 0.4]
+    record = {"response_ids": ids, "steps": steps, "logprobs": logprobs, "hold_bounds": bounds}
+    rollout = end_rollout([7, 5], 3, record, max_tokens, STOPS)
+    assert rollout == Rollout([7, 5], ids, steps, logprobs, bounds, num_tokens, reason, seed=3)
+    assert rollout.shown_ids == ids[:num_tokens]
+
+
 def test_ends_and_what_the_user_sees(network):
     how = Decoding(temperature=2.0, rule="dynamic", threshold=0.5, max_tokens=10)
     block_size, stops = 4, {3, 5, 11}
@@ -242,7 +266,7 @@ def test_ends_and_what_the_user_sees(network):
             seen["length inside a block"] += length > how.max_tokens
             seen["length at a block's end"] += length == how.max_tokens
             seen["stop beyond the length"] += first_stop is not None
-        assert r.visible_ids == r.response_ids[: r.num_tokens]
+        assert r.shown_ids == r.response_ids[: r.num_tokens]
     assert min(seen.values()) > 0 and len(seen) == 6, f"a situation did not occur: {seen}"
 
 
@@ -377,6 +401,17 @@ def test_new_weights_in_place_are_a_fresh_engine(tmp_path, tied):
     engine.sleep()
     engine.wake()
     assert engine.generate(prompts, range(3), how) == wanted
+
+
+def test_a_tied_head_that_comes_as_well_is_left_out(tmp_path):
+    settings = TINY | {"vocab_size": VOCABULARY, "tie_word_embeddings": True}
+    networks = [model.load(str(tiny(tmp_path / str(seed), seed=seed, **settings))) for seed in (0, 1)]
+    how, prompts = Decoding(max_tokens=12, threshold=0.6), random_prompts([1, 6, 9])
+    engine, fresh = make_engine(networks[0]), make_engine(networks[1])
+    tensors = {n: p.detach().clone() for n, p in networks[1].named_parameters()}
+    assert "lm_head.weight" not in tensors
+    engine.update_weights((tensors | {"lm_head.weight": torch.zeros(VOCABULARY, 64)}).items())
+    assert engine.generate(prompts, range(3), how) == fresh.generate(prompts, range(3), how)
 
 
 def test_wrong_weights_are_refused(network):

@@ -1,21 +1,26 @@
-"""Every script once, launched as a user would: data, SFT, DiPO, evaluation, and the three demos."""
+"""Every script once, launched as a user would: data, SFT, DiPO, evaluation, and what the others show."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 import evaluate
-from evaluate import load_config, read_questions
-from masking import InputError
+from dipo import DiPOConfig
+from evaluate import EvalConfig
+from plumbing.common import ROOT, InputError, read_records
+from plumbing.config import load_config, setting
+from reward import read_questions
+from sft import SFTConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 EVALUATION = {
     "questions", "samples", "accuracy", "pass_at_k", "tpf", "tokens", "truncated",
 }  # fmt: skip
@@ -34,12 +39,12 @@ REPORTED = EVALUATION | {  # by evaluate.py alone
 EVAL_METRICS = {f"eval/{name}" for name in EVALUATION | {"seconds"}}
 
 
-def launch(*command: str | Path) -> str:
+def launch(*command: str | Path, cwd: Path = ROOT) -> str:
     """Standard output of `python command...`, started in the repository root."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -48,13 +53,14 @@ def launch(*command: str | Path) -> str:
     return done.stdout
 
 
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def records_of(path: Path) -> list[dict]:
+    """The records of a JSON Lines file."""
+    return [record for _, record in read_records(path)]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """The tiny task, with few rows."""
+    """The tiny task, with few questions."""
     out = tmp_path_factory.mktemp("data")
     options = ["--sft", 32, "--rl", 32, "--validation", 4, "--test", 6]
     printed = launch("data/tiny.py", "--out", out, *options)
@@ -74,7 +80,7 @@ def sft_run(data, tmp_path_factory) -> Path:
 
 
 def test_sft_writes_a_run(sft_run) -> None:
-    metrics = read_lines(sft_run / "metrics.jsonl")
+    metrics = records_of(sft_run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     for m in metrics:
         evaluated = EVAL_METRICS | {"seconds/evaluate"} if m["step"] % 2 == 0 else set()
@@ -103,7 +109,7 @@ def test_dipo_goes_on_from_the_sft_run(sft_run, data, tmp_path, variant) -> None
         "steps=2", "groups=3", "group_size=4", "max_tokens=16", "threshold=0.01", "lr=1e-3",
         "rewards.speed=1.0", *changes,
     )  # fmt: skip
-    metrics = read_lines(tmp_path / "run" / "metrics.jsonl")
+    metrics = records_of(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
     expected = set(DIPO_METRICS)
     if variant == "exact":
@@ -119,7 +125,7 @@ def test_dipo_goes_on_from_the_sft_run(sft_run, data, tmp_path, variant) -> None
     if variant == "exact":
         assert metrics[0]["policy_kl"] > 0, "the second update saw a policy that had moved"
         assert metrics[0]["kl"] >= 0
-    rollouts = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    rollouts = records_of(tmp_path / "run" / "rollouts.jsonl")
     assert len(rollouts) == 2 * 2 and set(rollouts[0]["rewards"]) == {"accuracy", "speed"}
     assert {"question", "gold", "answer", "text", "steps", "advantage", "seed"} <= set(rollouts[0])
     assert (tmp_path / "run" / "latest" / "model.safetensors").exists()
@@ -137,7 +143,7 @@ def test_evaluate_writes_summary_responses_and_a_table(sft_run, data, tmp_path) 
         figures = summary[rule]
         assert set(figures) == REPORTED and summary["benchmarks"][rule] == {"test": figures}
         assert (figures["questions"], figures["samples"]) == (5, 2)
-        responses = read_lines(tmp_path / f"responses-test-{rule}.jsonl")
+        responses = records_of(tmp_path / f"responses-test-{rule}.jsonl")
         assert len(responses) == 10
         right = sum(r["correct"] for r in responses) / 10
         assert right == figures["accuracy"] <= figures["pass_at_k"]
@@ -146,12 +152,6 @@ def test_evaluate_writes_summary_responses_and_a_table(sft_run, data, tmp_path) 
     assert "| accuracy | 95 % | pass@k | maj@k | TPF |" in printed
     assert printed.startswith((tmp_path / "table.md").read_text())
     assert summary["static"]["tpf"] == 1.0, "four steps for a block of four"
-
-
-@pytest.mark.parametrize("script", ["sft", "dipo", "evaluate"])
-def test_help_shows_the_launch_lines_and_every_default(script) -> None:
-    printed = launch(f"{script}.py", "--help")
-    assert f"{script}.py" in printed and "seed: 0" in printed and "block_size: 0" in printed
 
 
 def test_rollout_prints_a_trajectory_with_its_step_map(sft_run) -> None:
@@ -173,11 +173,82 @@ def test_reward_grades_its_examples() -> None:
     assert "accuracy +1.00" in printed and "accuracy +0.00" in printed
 
 
+# --------------------------------------------------------------------------------- help, and bad input
+
+
+@pytest.mark.parametrize(
+    ("config_class", "meanings"),
+    [
+        (SFTConfig, ["peak learning rate", "noised copies of each block"]),
+        (DiPOConfig, ["peak learning rate", "rollouts per question (G)"]),
+        (EvalConfig, ["answers per question (k)", "dynamic at each of these thresholds"]),
+    ],
+)
+def test_help_shows_the_launch_lines_and_every_field(config_class, meanings) -> None:
+    script = f"{config_class.__module__}.py"
+    printed = launch(script, "--help")
+    assert f"python {script}" in printed and f"torchrun --nproc_per_node 8 {script}" in printed
+    assert "seed=0" in printed and "block_size=0" in printed and "\nRollout engine:\n" in printed
+    assert all(f"\n  {f.name}=" in printed for f in fields(config_class))
+    assert all(text in " ".join(printed.split()) for text in meanings)
+
+
+@pytest.mark.parametrize("script", ["masking", "model", "rollout", "reward"])
+def test_help_of_the_others_is_their_docstring_and_writes_nothing(script, tmp_path) -> None:
+    printed = launch(ROOT / f"{script}.py", "--help", cwd=tmp_path)
+    assert importlib.import_module(script).__doc__.strip() in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "answer"),
+    [
+        (script, argument, answer)
+        for script in ("sft", "dipo", "evaluate")
+        for argument, answer in (
+            ("--help", f"{script}.py"),
+            ("stepz=3", "stepz"),
+            ("max_tokens=0", "max_tokens"),
+        )
+    ]
+    + [(script, "data=nowhere.jsonl", "nowhere.jsonl: no such data file") for script in ("sft", "dipo")]
+    + [("dipo", "rewards.brevity=1", "brevity"), ("dipo", "rewards={no_such.reward: 1}", "no_such.reward")],
+)
+def test_what_needs_no_model_is_answered_before_torch_is_imported(script, argument, answer) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", f"{script}.py", argument],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    imports, errors = set(), []
+    for line in done.stderr.splitlines():
+        if line.startswith("import time:"):
+            imports.add(line.rpartition("|")[2].strip())
+        else:
+            errors.append(line)
+    assert "omegaconf" in imports, "or this measures nothing"
+    assert not imports & {"torch", "transformers"}
+    if argument == "--help":
+        assert done.returncode == 0 and answer in done.stdout and not errors
+    else:
+        assert done.returncode == 2 and done.stdout == ""
+        (error,) = errors
+        assert error.startswith("error: ") and answer in error
+
+
+@pytest.mark.parametrize("config_class", [SFTConfig, DiPOConfig])
+def test_a_missing_data_file_comes_with_how_to_make_it(config_class) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no .* python data/tiny\.py makes data/generated"):
+        load_config(config_class, ["data=nowhere.jsonl"])
+
+
 # ----------------------------------------------------------------------------------- question files
 
 
 def test_published_formats_are_read(tmp_path) -> None:
-    rows = {
+    records = {
         "gsm8k": {"question": "How many?", "answer": "16 - 3 = 13 eggs.\n#### 1,318"},
         "math": {"problem": "Half?", "answer": r"\frac{1}{2}", "solution": "..."},
         "olympiad": {"question": "Which?", "final_answer": ["2", "-2"], "answer_type": "Numerical"},
@@ -185,8 +256,8 @@ def test_published_formats_are_read(tmp_path) -> None:
         "number": {"question": "3+8?", "answer": 11},
     }
     golds = ["1,318", r"\frac{1}{2}", "2, -2", "11", "11"]
-    (tmp_path / "list.json").write_text(json.dumps(list(rows.values()), indent=2))
-    lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+    (tmp_path / "list.json").write_text(json.dumps(list(records.values()), indent=2))
+    lines = "".join(json.dumps(record) + "\n" for record in records.values())
     (tmp_path / "lines.jsonl").write_text(lines + "\n")
     for name in ("list.json", "lines.jsonl"):
         questions = read_questions(str(tmp_path / name))
@@ -196,16 +267,16 @@ def test_published_formats_are_read(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["list.json", "lines.jsonl"])
 def test_evaluate_reads_published_formats(sft_run, tmp_path, name, monkeypatch, capsys) -> None:
-    rows = [
+    records = [
         {"question": "Eggs?", "answer": "16 - 3 = 13, + 5.\n#### 18"},
         {"question": "Roots of x^2=4?", "final_answer": ["2", "-2"]},
     ]
-    text = json.dumps(rows) if name == "list.json" else "\n".join(map(json.dumps, rows))
+    text = json.dumps(records) if name == "list.json" else "\n".join(map(json.dumps, records))
     (tmp_path / name).write_text(text)
     monkeypatch.chdir(ROOT)
     paths = [f"model={sft_run}/latest", f"data={tmp_path / name}", f"out={tmp_path}/out"]
-    evaluate.main([*paths, "max_tokens=8", "rules=[dynamic]"])
-    responses = read_lines(tmp_path / "out" / f"responses-{Path(name).stem}-dynamic.jsonl")
+    evaluate.main(load_config(EvalConfig, [*paths, "max_tokens=8", "rules=[dynamic]"]))
+    responses = records_of(tmp_path / "out" / f"responses-{Path(name).stem}-dynamic.jsonl")
     assert [r["gold"] for r in responses] == ["18", "2, -2"]
     assert "| dynamic | 2 | 1 |" in capsys.readouterr().out
 
@@ -231,12 +302,12 @@ def test_evaluate_on_gsm8k(sft_run, tmp_path) -> None:
 class SmallConfig:
     """Fields of a script that does not exist."""
 
-    steps: int = 100
-    lr: float = 1e-5
-    name: str = "plain"
-    kind: Literal["a", "b"] = "a"
-    weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    flag: bool = False
+    steps: int = setting(100, "how long", above=0)
+    lr: float = setting(1e-5, "how fast")
+    name: str = setting("plain", "how it is called")
+    kind: Literal["a", "b"] = setting("a", "which one")
+    weights: dict[str, float] = setting({"accuracy": 1.0}, "what counts")
+    flag: bool = setting(False, "whether")
 
 
 def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path) -> None:

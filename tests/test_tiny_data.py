@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from plumbing.common import run_script
+
 SCRIPT = Path(__file__).resolve().parents[1] / "data" / "tiny.py"
 FILES = ("sft.jsonl", "rl.jsonl", "validation.jsonl", "test.jsonl")
 SMALL = ["--sft", "300", "--rl", "200", "--validation", "40", "--test", "60"]
@@ -157,7 +159,7 @@ def test_bad_options_write_nothing(
     options: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        tiny.main(["--out", str(tmp_path / "out"), *options])
+        run_script(tiny.main, ["--out", str(tmp_path / "out"), *options])
     output, error = capsys.readouterr()
     assert stop.value.code == 2
     assert output == ""
@@ -179,7 +181,7 @@ def test_failed_write_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(SystemExit) as stop:
-        tiny.main(["--out", str(tmp_path), *SMALL, "--seed", "1"])
+        run_script(tiny.main, ["--out", str(tmp_path), *SMALL, "--seed", "1"])
     assert stop.value.code == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

@@ -8,7 +8,7 @@ question are alike, so what is resampled for an interval or a test is the questi
     maj@k      is the commonest of the k answers right; mean over the questions
     a or b?    paired bootstrap of the per-question differences
 
-evaluate.py makes the figures, this file shows them, beside the published ones.
+The concept files make the figures, this file shows them.
 """
 
 from __future__ import annotations
@@ -121,6 +121,26 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def tables(model: str, protocol: str, results: Results) -> tuple[str, dict[str, dict[str, Any]]]:
+    """(all tables as Markdown, the means over benchmarks by decoding rule) of an evaluation."""
+    # A line per benchmark and rule, and their means if there are several benchmarks.
+    means = {rule: average(list(figures.values())) for rule, figures in results.items()}
+    lines = {}
+    for rule, figures in results.items():
+        for name in figures:
+            lines[f"{name}, {rule}"] = figures[name]
+    if len(lines) > len(means):
+        lines |= {f"mean, {rule}": figures for rule, figures in means.items()}
+    else:
+        lines = means
+
+    # Named benchmarks are shown under the published figures too.
+    found = [table(lines)]
+    if any(name in BENCHMARKS for figures in results.values() for name in figures):
+        found.append(published_table(model, protocol, results))
+    return "\n\n".join(found) + "\n", means
+
+
 def published_table(model: str, protocol: str, results: Results) -> str:
     """The table of the paper, Markdown: what was measured here, under what was published.
 
@@ -164,18 +184,16 @@ def comparison_table(
     return "\n".join(lines)
 
 
-def draw_sweep(path: Path, thresholds: list[float], results: Results) -> None:
+def plot_sweep(path: Path, thresholds: list[float], results: Results) -> None:
     """Accuracy and TPF against the threshold, and accuracy against throughput, to a PNG.
 
     Args:
         results: figures by decoding rule and benchmark; `dynamic-T` for every threshold T.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5))
+
+    # A colour per benchmark; static decoding as a dashed line or a star.
     thresholds = sorted(thresholds)
     for number, benchmark in enumerate(next(iter(results.values()))):
         rows = [results[f"dynamic-{t:g}"][benchmark] for t in thresholds]
@@ -195,6 +213,8 @@ def draw_sweep(path: Path, thresholds: list[float], results: Results) -> None:
                 at = (rows[i][x], 100 * rows[i]["accuracy"])
                 axis.annotate(f"{thresholds[i]:g}", at, (6, 3), textcoords="offset points", fontsize=9)
             axis.margins(x=0.1)
+
+    # What the axes are.
     for axis, x, y in (
         (axes[0, 0], "threshold", "accuracy (%)"),
         (axes[1, 0], "threshold", "tokens per forward"),
@@ -221,3 +241,91 @@ def _accuracies(axis: Any, x: list[float], rows: list[dict[str, Any]], style: st
     )
     for artist in (*caps, *lines):
         artist.set_alpha(0.35)
+
+
+def plot_row(
+    colour: np.ndarray, tags: list[tuple[int, int, int]], labels: list[str], scored: list[int], path: str
+) -> None:
+    """Plot who sees whom in a packed row to a PNG: queries from top to bottom, keys from left to right.
+
+    Args:
+        colour: [N, N] 0 not visible, 1 clean sees clean, 2 view sees clean, 3 view sees itself.
+        tags: N times (sequence, view, block).
+        labels: N short token names.
+        scored: positions whose names stand out.
+    """
+    plt = _pyplot()
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    figure, axes = plt.subplots(figsize=(11, 11.6))
+    palette = ["#f4f4f4", "#4878a8", "#8fbf7f", "#e08a3c"]
+    axes.imshow(colour, cmap=ListedColormap(palette), vmin=0, vmax=3)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.xaxis.tick_top()
+
+    # Lines and names where a sequence, a view or a block begins.
+    starts = [0]
+    for i in range(1, len(labels)):
+        if tags[i] != tags[i - 1]:
+            new_segment = tags[i][:2] != tags[i - 1][:2]
+            starts += [i] if new_segment else []
+            for line in (axes.axhline, axes.axvline):
+                line(i - 0.5, color="black" if new_segment else "white", lw=0.8)
+    for start, end in zip(starts, starts[1:] + [len(labels)], strict=True):
+        sequence, view, block = tags[start]
+        name = f"sequence {sequence}: clean copy" if view == 0 else f"view {view} (block {block})"
+        axes.text(len(labels) - 0.2, (start + end - 1) / 2, name, va="center", fontsize=9)
+    for position in scored:
+        axes.get_yticklabels()[position].set_color("#c03030")
+        axes.get_yticklabels()[position].set_fontweight("bold")
+
+    names = ["not visible", "clean sees clean: block(kv) <= block(q)"]
+    names += ["view sees clean: block(kv) < block(q)", "view sees itself"]
+    patches = [Patch(facecolor=c, edgecolor="grey", label=n) for c, n in zip(palette, names, strict=True)]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.01), "ncol": 4}
+    axes.legend(handles=patches, frameon=False, fontsize=9, **place)
+    axes.set_title(
+        "One packed row: each sequence once clean, then one view per (block, denoising step).\n"
+        "Rows are queries, columns keys; _ is the mask token; red positions are scored by the LM head.",
+        fontsize=11,
+        pad=12,
+    )
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+Curve = tuple[str, list[float], list[float]]  # name, x, y
+
+
+def plot_curves(panels: list[tuple[str, list[Curve]]], ylabel: str, path: str) -> None:
+    """Plot curves to a PNG, one panel per label of the x axis; names that end in "wrong" are dashed."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4), sharey=True, layout="constrained"
+    )
+    for axis, (label, curves) in zip(axes, panels, strict=True):
+        colors: dict[str, int] = {}
+        for name, x, y in curves:
+            number = colors.setdefault(name.split(",")[0], len(colors))
+            style = "--" if name.endswith("wrong") else "-"
+            width = 5 - 1.8 * number  # what coincides stays visible
+            axis.plot(x, y, label=name, color=f"C{number}", linestyle=style, linewidth=width)
+        axis.set_xlabel(label)
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(ylabel)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    """matplotlib's pyplot, without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

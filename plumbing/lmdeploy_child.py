@@ -1,7 +1,8 @@
 """Inside the rollout subprocess: LMDeploy's PyTorch engine, corrected in three places, and a recorder.
 
-rollout.LMDeployEngine starts this file, one process per rank, and talks to it over a socket pair. The
-engine is LMDeploy 0.18.0 as published; what is changed in it is changed here, in this process only:
+lmdeploy_engine.py starts this file, one process per rank, and talks to it over a socket pair. It is a
+program of its own that nobody imports, which is why it may import rollout.py. The engine is LMDeploy
+0.18.0 as published; what is changed in it is changed here, in this process only:
 
     fix_stop_words      upstream pytorch/strategies/dllm/sequence.py:122
     fix_sampling        upstream pytorch/strategies/dllm/sampling.py:47-59
@@ -32,17 +33,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rollout import LMDEPLOY_VERSION, Decoding, hold_bound
+from plumbing.lmdeploy_engine import LMDEPLOY_VERSION
+from rollout import Decoding, hold_bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 HEARTBEAT_SECONDS = 1.0
-STRATEGIES = {
-    "dynamic": "low_confidence_dynamic",
-    "static": "low_confidence_static",
-    "sequential": "sequential",
-}
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Recorder:
 
     how: Decoding
     forwards: int  # passes of the network so far: a sign of life
-    finished: dict[int, dict[str, list]]  # by session: ids, steps, logprobs, hold_bounds, num_tokens
+    finished: dict[int, dict[str, list]]  # by session: response_ids, steps, logprobs, hold_bounds
 
 
 RECORDER = Recorder(Decoding(), 0, {})
@@ -117,6 +114,7 @@ def fix_sampling() -> None:
     """
     from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy as Strategy
 
+    # [B * S] settings become [S * B]; the seed of a position is the request's and the position's.
     per_row = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p", "random_seeds")
     per_row += ("random_offsets", "num_ignore_eos", "repetition_ngram_size", "repetition_ngram_threshold")
     make = Strategy.make_sampling_inputs
@@ -164,19 +162,24 @@ def record_steps() -> None:
     reveals nothing and is no step. Confidences are computed in float32: upstream takes the softmax in
     the dtype of the LM head, where bfloat16 ties neighbours and turns a threshold of 0.9 into 0.8965.
     """
+    record_forwards()
+    record_requests()
+
+
+def record_forwards() -> None:
+    """The part of `record_steps` at the model: what a forward drew, and what was revealed of it."""
     from lmdeploy.pytorch.consts import DLLM_MASKED, DLLM_UNMASKED
-    from lmdeploy.pytorch.strategies.dllm import model_agent, sequence, unmasking
+    from lmdeploy.pytorch.strategies.dllm import model_agent, unmasking
 
     Unmasking, Agent = unmasking.UnmaskingProcessor, model_agent.DLLMModelAgentStrategy
-    Strategy, Sequence = sequence.DLLMSequenceStrategy, sequence.SchedulerSequenceDLLM
-    unmask, update_running = Unmasking.__call__, Strategy.update_running
-    decode, set_stop_pos = Sequence._update_token_ids_decode, Sequence.set_stop_pos
+    unmask = Unmasking.__call__
 
     @dataclass
     class Outputs(model_agent.DLLMExtraOutputs):  # its tensors are copied to the CPU with the others
         logprobs: torch.Tensor  # [S * B] log g of what was drawn
         bounds: torch.Tensor  # [S] below which a draw was held
 
+    # The sampled tokens arrive: confidences in float32, and what the rule revealed by them.
     def unmask_and_record(self, logits, input_ids, token_ids, dllm_mask):
         block_size = self.dllm_config.block_length
         log_p, log_g = drawn_logprobs(logits, token_ids, RECORDER.how)
@@ -191,6 +194,21 @@ def record_steps() -> None:
     def make_extra_outputs(self, extra_inputs):
         return Outputs(extra_inputs.dllm_mask, *self.unmasking_processor.record)
 
+    Unmasking.__call__ = unmask_and_record
+    Unmasking._get_scores = lambda self, logits, token_ids: self.confidence
+    Agent.make_extra_outputs = make_extra_outputs
+
+
+def record_requests() -> None:
+    """The part of `record_steps` at the scheduler: what became of the masks of each request."""
+    from lmdeploy.pytorch.consts import DLLM_MASKED, DLLM_UNMASKED
+    from lmdeploy.pytorch.strategies.dllm import sequence
+
+    Strategy, Sequence = sequence.DLLMSequenceStrategy, sequence.SchedulerSequenceDLLM
+    update_running = Strategy.update_running
+    decode, set_stop_pos = Sequence._update_token_ids_decode, Sequence.set_stop_pos
+
+    # The result of a forward arrives: keep each request's part of it.
     def update_running_and_record(self, running, batched_outputs, *args, **kwargs):
         extra = batched_outputs.extra_outputs
         logprobs = extra.logprobs.view(len(running), -1).tolist()
@@ -199,6 +217,7 @@ def record_steps() -> None:
         RECORDER.forwards += 1
         return update_running(self, running, batched_outputs, *args, **kwargs)
 
+    # Its masks change: what was revealed is a step.
     def _update_token_ids_decode(self, token_ids, dllm_mask):
         start = self.num_history_ids
         before = self.history_dllm_mask[start : start + len(dllm_mask)]
@@ -210,7 +229,8 @@ def record_steps() -> None:
             record.update((start + int(i), (self.step, logprob[i], bound)) for i in revealed)
         decode(self, token_ids, dllm_mask)
 
-    def set_stop_pos_and_record(self, pos):  # once per request, when its last block is complete
+    # Its last block is complete: the record leaves, once per request.
+    def set_stop_pos_and_record(self, pos):
         end, first = self.num_valid_ids, self.num_valid_ids - self.num_new_tokens
         steps, logprobs, bounds = zip(*(self.record[i] for i in range(first, end)), strict=True)
         ids = self.history_cache[first:end].tolist()
@@ -220,12 +240,8 @@ def record_steps() -> None:
             "steps": list(steps),
             "logprobs": list(logprobs),
             "hold_bounds": list(bounds),
-            "num_tokens": self.num_new_tokens,
         }
 
-    Unmasking.__call__ = unmask_and_record
-    Unmasking._get_scores = lambda self, logits, token_ids: self.confidence
-    Agent.make_extra_outputs = make_extra_outputs
     Strategy.update_running = update_running_and_record
     Sequence._update_token_ids_decode = _update_token_ids_decode
     Sequence.set_stop_pos = set_stop_pos_and_record
@@ -258,7 +274,8 @@ class Server:
         RECORDER.how = how
         if self.block_size:
             config = self.agent.agent_strategy.unmasking_processor.dllm_config
-            config.unmasking_strategy = type(config.unmasking_strategy).from_str(STRATEGIES[how.rule])
+            strategy = how.rule if how.rule == "sequential" else f"low_confidence_{how.rule}"
+            config.unmasking_strategy = type(config.unmasking_strategy).from_str(strategy)
             config.denoising_steps, config.confidence_threshold = how.denoising_steps, how.threshold
         beating = asyncio.create_task(self._beat())
         try:
@@ -287,16 +304,20 @@ class Server:
             bad_token_ids=list(how.banned_ids),
             min_new_tokens=how.min_tokens,
         )
+
+        # Run the request to its end.
         session, ids, status = next(self.sessions), [], None
         async for out in self.instance.async_stream_infer(session, prompt, gen_config=config):
             ids, status = ids + list(out.token_ids or []), out.status
             RECORDER.forwards += not self.block_size
         await self.instance.async_end(session)
+
+        # Send its record.
         if self.block_size:
             record = RECORDER.finished.pop(session, None)
         else:  # an autoregressive model: a token per forward, nothing to replay
             unknown = [float("nan")] * len(ids)
-            record = {"response_ids": ids, "steps": list(range(1, len(ids) + 1)), "num_tokens": len(ids)}
+            record = {"response_ids": ids, "steps": list(range(1, len(ids) + 1))}
             record |= {"logprobs": unknown, "hold_bounds": unknown}
         if record is None or status not in (ResponseType.SUCCESS, ResponseType.FINISH):
             raise RuntimeError(f"lmdeploy ended a request of {len(prompt)} tokens with {status}")
@@ -317,10 +338,10 @@ class Server:
         from lmdeploy.pytorch.weight_loader.model_weight_loader import process_weights_after_loading
 
         def views() -> Iterable[tuple[str, torch.Tensor]]:
-            kind = getattr(torch, dtype)
+            format = getattr(torch, dtype)
             for name, shape, offset in tensors:
-                size = int(np.prod(shape)) * kind.itemsize
-                yield name, self.bucket[offset : offset + size].view(kind).view(shape)
+                size = int(np.prod(shape)) * format.itemsize
+                yield name, self.bucket[offset : offset + size].view(format).view(shape)
 
         model = self.agent.patched_model.get_model()
         places = [p.data_ptr() for p in model.parameters()]
@@ -350,6 +371,7 @@ def serve(conn: Connection, weights_fd: int) -> None:
     settings = conn.recv()
     requests: asyncio.Queue = asyncio.Queue()
 
+    # A thread reads, so that the end of the parent is noticed whatever the engine does.
     def listen(loop: asyncio.AbstractEventLoop) -> None:
         while True:
             try:
@@ -358,6 +380,7 @@ def serve(conn: Connection, weights_fd: int) -> None:
                 os._exit(0)
             loop.call_soon_threadsafe(requests.put_nowait, message)
 
+    # Requests are answered one after the other; an error is reported and the next one is taken.
     async def answer() -> None:
         threading.Thread(target=listen, args=(asyncio.get_running_loop(),), daemon=True).start()
         server = Server(conn, settings, weights_fd)

@@ -13,18 +13,37 @@ without solutions for the same.)
     decimals      exact, except that six digits or more may be the rounding of what is no decimal
     words         without regard to capitals; never as products of letters
 
-`compare` may run for ever, as the policy writes the answers: reward.py calls it in processes that
-the kernel ends. `quick_verdict` is safe anywhere, and enough for most answers.
+The policy writes the answers, so they are hostile sooner or later: `9^{9^{9^{9}}}` never finishes.
+`judge_all` therefore compares in worker processes which the kernel ends at a limit of processor time; a
+Python-level timeout would not interrupt a single long multiplication in C. POSIX only. `quick_verdict`
+is safe anywhere, and enough for most answers.
 
-Left out on purpose: answers outside a box, radians against degrees, numbers as words.
+Left out on purpose: answers outside a box, radians against degrees, numbers as words; threads and forks
+of this process (they would share the workers' pipes).
 """
 
+import atexit
+import contextlib
 import functools
+import json
+import logging
+import os
 import re
+import selectors
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Context, Decimal, Overflow
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
+MEMORY_BYTES = 4 * 2**30  # address space of a worker; math-verify itself needs about 0.1 GiB
+START_SECONDS = 120  # importing sympy from a cold network disk can take a while
+SECONDS = 2.0  # processor time for one comparison; honest ones take a few hundredths
 MAX_CHARS = 2_000  # a longer answer is no final answer, and parsing time grows with the length
 MAX_DEPTH = 40  # brackets within brackets; parsing time grows faster than the depth
 
@@ -58,6 +77,24 @@ def extract_answer(text: str) -> str | None:
             if start is not None:
                 last = start, token.start()
     return text[slice(*last)] if last else None  # cut once: nested boxes would be copied per level
+
+
+GOLD_NAMES = ("ground_truth_answer", "answer", "final_answer")
+
+
+def gold_answer(record: dict) -> str:
+    """The gold answer of a question's record, which may be published in several forms; "" if it has none.
+
+    What stands behind #### (GSM8K); several as one list, and with its unit (OlympiadBench).
+    """
+    given = [record[name] for name in GOLD_NAMES if record.get(name) not in (None, "", [])]
+    gold = given[0] if given else ""
+    if isinstance(gold, list):
+        gold = ", ".join(map(str, gold))
+    elif not isinstance(gold, str | int | float):
+        gold = ""
+    gold, unit = str(gold).rpartition("####")[2].strip(), record.get("unit")
+    return f"{gold} {unit.strip()}" if gold and isinstance(unit, str) and unit.strip() else gold
 
 
 UNICODE = str.maketrans(
@@ -346,11 +383,14 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None, Fraction]:
     >>> split_unit("5km")
     ('5', {'m': 1}, Fraction(1000, 1))
     """
+    # A number of another base, or a value with a unit behind it.
     if found := BASE.fullmatch(text):
         return found[1], {"base " + found[2]: 1}, Fraction(1)
     found = UNIT.fullmatch(text) or BARE_UNIT.fullmatch(text)
     if not found or (found.re is BARE_UNIT and not _is_unit(found[2])):
         return text, None, Fraction(1)
+
+    # The unit, name by name: m^2 / s has the dimensions m: 2, s: -1.
     dimensions, factor, sign = {}, Fraction(1), 1
     unit = re.sub(r"\\text|[{}.]", " ", found[2]).lower()
     unit = re.sub(
@@ -519,3 +559,242 @@ def _size(expression) -> Decimal:
     for part in parts[1:]:
         result = context.multiply(result, part) if name == "Mul" else context.add(result, part)
     return result
+
+
+# ------------------------------------------------------------------- judging, in worker processes
+
+
+def is_equivalent(answer: str, gold: str, seconds: float = SECONDS, tolerance: float | None = None) -> bool:
+    """Whether an answer, LaTeX without the box around it, means the same as the gold one.
+
+    Args:
+        seconds: limit of processor time for the comparison. An answer that exceeds it is wrong, as
+            is one that is empty, longer than MAX_CHARS, or makes the parser fail.
+        tolerance: a number is right if it is no further from the gold one, absolutely
+            (OlympiadBench's `error`); None: exact.
+
+    Raises:
+        ValueError: seconds is not positive.
+        RuntimeError: no worker can start, for example because math-verify is missing.
+    """
+    return judge_all([(answer, gold, tolerance)], seconds)[0].equal
+
+
+def judge_all(
+    pairs: Sequence[tuple[str, str, float | None]], seconds: float = SECONDS, workers: int = 0
+) -> list[Verdict]:
+    """Verdicts on (answer, gold, tolerance) triples: equal ones once, hard ones in the workers.
+
+    Args:
+        workers: processes; 0: one per core that this process may use, its share under torchrun.
+    """
+    if seconds <= 0:
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    quick = {pair: quick_verdict(*pair) for pair in pairs}
+    cache = _cache(seconds)
+    hard = [pair for pair, verdict in quick.items() if verdict is None and pair not in cache]
+    if hard:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        found = _pool().run([json.dumps([*pair, seconds]) for pair in hard], workers or share)
+        cache |= dict(zip(hard, found, strict=True))
+    verdicts = [quick[pair] or cache[pair] for pair in pairs]
+    if len(cache) > 2**18:
+        cache.clear()
+    return verdicts
+
+
+@functools.cache
+def _cache(seconds: float) -> dict[tuple, Verdict]:
+    """Verdicts of the workers: the rollouts of one group mostly give the same few answers."""
+    return {}
+
+
+@dataclass
+class Worker:
+    """One process that compares; it speaks JSON lines over pipes, one task at a time."""
+
+    process: subprocess.Popen
+    ready: bool = False  # it has said so, thus what ends it now is a task
+    task: int | None = None
+
+
+class Pool:
+    """Workers, started on first use. They end at exit, and with their standard input in any case."""
+
+    def __init__(self) -> None:
+        self.idle: list[Worker] = []
+        self.busy: list[Worker] = []
+
+    def run(self, tasks: list[str], workers: int) -> list[Verdict]:
+        """Verdicts on the tasks, by at most so many workers; a hostile task holds up only its own.
+
+        A worker that dies of anything but the time limit may have been dead or dying before (the
+        kernel was short of memory, someone killed it), so its task is tried once more.
+        """
+        verdicts: list[Verdict | None] = [None] * len(tasks)
+        todo = deque(enumerate(tasks))
+        retried = set()
+        try:
+            while todo or self.busy:
+                # Give every free worker a task.
+                while todo and len(self.busy) < workers:
+                    self._give(*todo.popleft())
+
+                # Take what has come back: an answer, a sign of readiness, or an end of file.
+                for worker in self._answered():
+                    line = worker.process.stdout.readline()
+                    if line == "ready\n":
+                        worker.ready = True
+                        continue
+                    self.busy.remove(worker)
+                    if not line and not worker.ready:
+                        _end(worker)
+                        command = " ".join(worker.process.args)
+                        raise RuntimeError(f"no grading worker; for the reason run: {command}")
+                    if not line:
+                        _end(worker)
+                    else:
+                        self.idle.append(worker)
+                    reply = json.loads(line) if line else None
+                    if reply is None and worker.task not in retried:
+                        retried.add(worker.task)
+                        todo.append((worker.task, tasks[worker.task]))
+                    else:
+                        verdicts[worker.task] = Verdict(*(reply or (False, "the worker died twice")))
+        except BaseException:  # Ctrl-C: the next task must not read the reply to this one
+            self.close()
+            raise
+        return verdicts
+
+    def close(self) -> None:
+        """End all processes."""
+        while self.idle or self.busy:
+            _end((self.idle or self.busy).pop())
+
+    def _give(self, number: int, task: str) -> None:
+        worker = self.idle.pop() if self.idle else _start()
+        worker.task = number
+        self.busy.append(worker)
+        with contextlib.suppress(BrokenPipeError):  # a dead worker shows when its reply is read
+            worker.process.stdin.write(task + "\n")
+            worker.process.stdin.flush()
+
+    def _answered(self) -> list[Worker]:
+        """Those of the busy workers that have something to read; waits for one."""
+        with selectors.DefaultSelector() as selector:
+            for worker in self.busy:
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            return [key.data for key, _ in selector.select()]
+
+
+def _start() -> Worker:
+    command = [sys.executable, "-m", "plumbing.answers"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    root = Path(__file__).resolve().parents[1]
+    return Worker(subprocess.Popen(command, cwd=root, **pipes, text=True, start_new_session=True))
+
+
+def _end(worker: Worker) -> None:
+    with contextlib.suppress(ProcessLookupError):  # the process and the child that compares
+        os.killpg(worker.process.pid, signal.SIGKILL)
+    for stream in (worker.process.stdin, worker.process.stdout):
+        with contextlib.suppress(BrokenPipeError):  # the last task may still be in the buffer
+            stream.close()
+    worker.process.wait()
+
+
+@functools.cache
+def _pool() -> Pool:
+    """The workers of this process."""
+    pool = Pool()
+    atexit.register(pool.close)
+    return pool
+
+
+def _serve() -> None:
+    """Body of a worker: load sympy once, then compare in a child, and in the next when that dies."""
+    import resource
+
+    hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    with contextlib.suppress(ValueError):  # the limit in force is already lower
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard_limit))
+    # Their default action ends the process without asking Python, hence also within C.
+    for alarm in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(alarm, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {alarm})
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS)
+    # A library that prints must not break the protocol.
+    replies, sys.stdout = sys.stdout, sys.stderr
+    logging.disable()
+    compare("x^{2}", r"x\cdot x")  # loads the grammar and sympy, so that no task pays for it
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("ready", file=replies, flush=True)
+    while True:
+        child = os.fork()
+        if child == 0:
+            _serve_tasks(replies)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            return
+        late = os.WTERMSIG(status) == signal.SIGPROF
+        print(json.dumps((False, "time limit") if late else None), file=replies, flush=True)
+
+
+def _serve_tasks(replies) -> None:
+    """Answer tasks from standard input until it closes, or until the kernel ends the process."""
+    for line in sys.stdin:
+        answer, gold, tolerance, seconds = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            verdict = compare(normal_form(answer), normal_form(gold), tolerance)
+        except Exception as error:  # noqa: BLE001  whatever an answer provokes, it is not a right answer
+            too_large = isinstance(error, Overflow)
+            verdict = False, "too large to compute" if too_large else f"no verdict ({type(error).__name__})"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), file=replies, flush=True)
+
+
+# ---------------------------------------------------------------------------- explaining a file
+
+
+class Case(NamedTuple):
+    """An answer to be judged."""
+
+    answer: str | None  # None: the text has no closed box
+    gold: str
+    tolerance: float | None
+
+
+def explain_file(path: str) -> None:
+    """Grade a JSON Lines file of responses and print why each is right or wrong.
+
+    Raises:
+        InputError: a record without a text or a gold answer; the message names file and line.
+    """
+    from plumbing.common import InputError, read_records  # all else here is of this file alone
+
+    # The answer in every text.
+    cases = []
+    for where, record in read_records(path):
+        texts = [record[name] for name in ("text", "response") if name in record]
+        golds = [record[name] for name in ("gold", "ground_truth_answer", "answer") if name in record]
+        if not texts or not golds:
+            raise InputError(f"{where}: expected an object with `text` or `response`, and `gold` or `answer`")
+        cases.append(Case(extract_answer(str(texts[0])), str(golds[0]), record.get("tolerance")))
+
+    # No box is judged as an empty answer.
+    verdicts = judge_all([(case.answer or "", case.gold, case.tolerance) for case in cases])
+    for number, (case, verdict) in enumerate(zip(cases, verdicts, strict=True), start=1):
+        print(f"{number} {'right' if verdict.equal else 'wrong'}: {verdict.why}")
+        for name, text in (("answer", case.answer), ("gold", case.gold)):
+            form = "no closed box"
+            if text is not None:
+                form = f"{text!r}, normal form {normal_form(text[:MAX_CHARS])!r}"
+            print(f"  {name} {form}")
+    print(f"{sum(verdict.equal for verdict in verdicts)} of {len(verdicts)} right")
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,47 @@
+"""Plots rewards.png, the curves of the length and speed rewards, beside this file: python docs/rewards.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import reward  # noqa: E402
+from plumbing import report  # noqa: E402
+
+TEXT = "x" * 600
+
+
+def curves() -> list[tuple[str, list[report.Curve]]]:
+    """The panels: a response in blocks of 4 under a limit of 8,192 tokens, of which one fact changes."""
+    question, limits = reward.Question("", "1"), {"block_size": 4, "max_tokens": 8192}
+    base = reward.Graded(reward.example(TEXT), question, TEXT, "1", True, **limits)
+    by_length = [(n, dataclasses.replace(base.rollout, num_tokens=n)) for n in range(0, 8193, 32)]
+    by_speed = []
+    for steps in range(600, 149, -3):  # from 1 to 4 tokens per forward
+        by_speed.append((600 / steps, reward.example(TEXT, tokens_per_forward=600 / steps)))
+    panels = []
+    for label, cases, functions in (
+        (
+            "tokens of the response (limit 8,192)",
+            by_length,
+            (reward.cosine, reward.length, reward.soft_overlong),
+        ),
+        ("tokens per forward (block size 4)", by_speed, (reward.speed, reward.speed_penalty)),
+    ):
+        found = []
+        for function in functions:
+            for correct in (True,) if function is reward.soft_overlong else (True, False):
+                name = function.__name__.replace("_", " ")
+                if function is not reward.soft_overlong:
+                    name += ", right" if correct else ", wrong"
+                graded = [dataclasses.replace(base, correct=correct, rollout=r) for _, r in cases]
+                found.append((name, [x for x, _ in cases], [function(g) for g in graded]))
+        panels.append((label, found))
+    return panels
+
+
+if __name__ == "__main__":
+    report.plot_curves(curves(), "reward", str(Path(__file__).with_name("rewards.png")))

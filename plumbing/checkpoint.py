@@ -1,0 +1,474 @@
+"""Checkpoints: Hugging Face folders, read and written by slices, with their tokenizers.
+
+Weights of a model that no single rank could hold: `on_meta` builds it without memory, `ranks.shard` cuts
+it up, `fill` has every rank read its own slices of the files; `save` has the ranks write different files.
+No `trust_remote_code`, no pickle. The classes of the model types below are registered with transformers
+by model.py, from where `load` and the rest are called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from plumbing.common import InputError, first_line, writing
+from plumbing.lora import base_parameters, delta_weight
+
+MODEL_TYPES = ("sdar", "sdar_moe")
+
+
+# --------------------------------------------------------------------------------- reading
+
+
+def find_folder(name: str | Path) -> Path:
+    """The local folder of a checkpoint: a path, or a Hugging Face model id (fetched once)."""
+    name = str(name)
+    if Path(name).exists():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name}: no such checkpoint folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub raises many kinds; for the user they are one
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name}: neither a folder nor a model of the hub ({reason})") from error
+
+
+def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
+    """An SDAR model from a checkpoint folder or a hub id.
+
+    Raises:
+        InputError: no folder, no config, not an SDAR model, missing or damaged weights.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdar",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+        )
+    except Exception as error:  # a truncated file, a wrong shape: safetensors and torch differ
+        raise InputError(f"{folder}: cannot read the weights ({first_line(error)})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            name = min(k if isinstance(k, str) else k[0] for k in report[problem])
+            raise InputError(f"{folder}: {problem.removesuffix('_keys')} tensor {name}")
+    return model.to(device)
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a checkpoint folder with weights.
+
+    Raises:
+        InputError: no config, not an SDAR model, no weights.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}/config.json: not a model config ({first_line(error)})") from error
+    if config.model_type not in MODEL_TYPES:
+        raise InputError(f"{folder}/config.json: model_type is {config.model_type}, expected sdar")
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"{folder}: no weights, expected model.safetensors")
+    return config
+
+
+class TensorFiles:
+    """Tensors in the files FOLDER/STEM*.safetensors, read by slices along their first dimension.
+
+    Opening them reads their headers only. A file may hold a slice of a tensor; its metadata then has
+    `first_rows`, a JSON object of where the slice of each tensor begins.
+
+    Raises:
+        InputError: a file that cannot be read, a tensor or a slice of it that is in none of them.
+    """
+
+    def __init__(self, folder: Path, stem: str):
+        self.parts: dict[str, list[tuple[int, object]]] = {}  # of each tensor: where it begins, slice
+        self.where = folder / f"{stem}.safetensors"
+        for file in sorted(folder.glob(f"{stem}*.safetensors")):
+            try:
+                opened = safe_open(file, "pt")
+                first = json.loads((opened.metadata() or {}).get("first_rows", "{}"))
+                for name in opened.keys():  # noqa: SIM118, it is no mapping
+                    self.parts.setdefault(name, []).append((first.get(name, 0), opened.get_slice(name)))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise InputError(f"{file}: cannot read it ({first_line(error)})") from error
+
+    def shape(self, name: str) -> list[int]:
+        """Of the whole tensor."""
+        sizes = [[first + part.get_shape()[0], *part.get_shape()[1:]] for first, part in self.parts[name]]
+        return max(sizes)
+
+    def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, ...] of the tensor; it may be memory of the mapped file, so copy it."""
+        found = []
+        for first, part in sorted(self.parts.get(name, []), key=lambda item: item[0]):
+            end = min(stop, first + part.get_shape()[0])
+            if first <= start < end:
+                found.append(part[start - first : end - first])
+                start = end
+        if start < stop:
+            raise InputError(f"{self.where}: no slice {start} to {stop} of tensor {name}")
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def own_slice(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(what this rank holds of a tensor that fully_shard cut along its first dimension, where it begins)."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    mesh = tensor.device_mesh  # as torch.chunk does: equal parts, the last ones shorter or empty
+    per_rank = -(-len(tensor) // mesh.size())
+    return tensor.to_local(), min(mesh.get_local_rank() * per_rank, len(tensor))
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor made whole from its shards (a collective call), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_published(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """A slice of a parameter as (name, view, where it begins) of the tensors that a checkpoint has for it.
+
+    They are the same, except that transformers fuses what published files keep one by one: experts are
+    [E, 2I, H] (gate above up) and [E, H, I] here, gate_proj, up_proj and down_proj of each there.
+
+    Args:
+        first: where the slice begins, along the first dimension.
+    """
+    module, fused = name.rsplit(".", 1)
+    if not module.endswith(".experts"):
+        yield name, tensor, first
+        return
+    projections = ("gate_proj", "up_proj") if fused == "gate_up_proj" else (fused,)
+    for number, expert in enumerate(tensor, start=first):
+        for projection, view in zip(projections, expert.chunk(len(projections)), strict=True):
+            yield f"{module}.{number}.{projection}.weight", view, 0
+
+
+def on_meta(name: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """The model of a checkpoint without its weights and without memory for them; then shard, `fill`.
+
+    Raises:
+        InputError: as `load`, all problems with names and shapes of tensors included.
+    """
+    folder = find_folder(name)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdar")
+    model.tie_weights()
+    files = TensorFiles(folder, "model")
+    wanted = {}
+    for parameter_name, parameter in model.named_parameters():
+        wanted |= {n: list(view.shape) for n, view, _ in as_published(parameter_name, parameter)}
+    tied = {n for n, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+    if missing := wanted.keys() - files.parts.keys():
+        raise InputError(f"{folder}: missing tensor {min(missing)}")
+    if unexpected := files.parts.keys() - wanted.keys() - tied:
+        raise InputError(f"{folder}: unexpected tensor {min(unexpected)}")
+    if mismatched := [n for n, shape in wanted.items() if files.shape(n) != shape]:
+        raise InputError(f"{folder}: mismatched tensor {min(mismatched)}")
+    return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, name: str | Path, device: torch.device | str, weights_on: str = "") -> None:
+    """Give a model that was built `on_meta` its memory and its weights, of which a rank reads its own slices.
+
+    Args:
+        device: where it computes.
+        weights_on: where the weights wait if not there (CPU offload).
+    """
+    model.to_empty(device=weights_on or device)
+    model.tie_weights()
+    rotary = model.model.rotary_emb  # the only one with buffers, which no file has
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    files = TensorFiles(find_folder(name), "model")
+    for parameter_name, parameter in model.named_parameters():
+        for published, view, first in as_published(parameter_name, *own_slice(parameter)):
+            if len(view):
+                view.copy_(files.slice(published, first, first + len(view)))
+
+
+# ------------------------------------------------------------------------------ tokenizers
+
+
+def is_block_diffusion(folder: Path) -> bool:
+    """Whether a checkpoint is an SDAR model; if not, it is an autoregressive baseline for LMDeploy."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config["model_type"] in MODEL_TYPES
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}/config.json: not a model config ({first_line(error)})") from error
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint, checked for what its model needs.
+
+    Raises:
+        InputError: no tokenizer, no mask token, no chat template.
+    """
+    folder = find_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{folder}: cannot read the tokenizer ({first_line(error)})") from error
+    if tokenizer.mask_token_id is None:
+        tokenizer.mask_token = "<|MASK|>" if "<|MASK|>" in tokenizer.get_vocab() else None
+    if tokenizer.mask_token_id is None and is_block_diffusion(folder):
+        raise InputError(f"{folder}: the tokenizer has no mask token, expected <|MASK|>")
+    if not tokenizer.chat_template:
+        raise InputError(f"{folder}: the tokenizer has no chat template")
+    return tokenizer
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that end a response: the end of the turn and the end of the text."""
+    names = [tokenizer.eos_token, "<|im_end|>", "<|endoftext|>"]
+    vocabulary = tokenizer.get_vocab()
+    return sorted({vocabulary[n] for n in names if n in vocabulary})
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, user_turn: str) -> list[int]:
+    """Token ids of a chat with one user turn, ready for the assistant's."""
+    chat = [{"role": "user", "content": user_turn}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_and_response(
+    where: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, str]:
+    """The texts of a record, chat template applied.
+
+    Raises:
+        InputError: neither of the two formats, or an empty text; naming `where`.
+    """
+    turns, prompt, response = record.get("messages"), record.get("prompt"), record.get("response")
+    if isinstance(turns, list) and len(turns) > 1 and all(isinstance(t, dict) for t in turns):
+        texts = all(isinstance(t.get("content"), str) for t in turns)
+        if texts and turns[-1].get("role") == "assistant":
+            response = turns[-1]["content"]
+            try:
+                prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # whatever the template's language raises
+                raise InputError(f"{where}: the chat template refuses `messages`") from error
+    if not isinstance(prompt, str) or not isinstance(response, str):
+        raise InputError(
+            f"{where}: expected `messages` that end with the assistant's, or `prompt` and `response`"
+        )
+    if not prompt:
+        raise InputError(f"{where}: an empty prompt")
+    if not response.strip():
+        raise InputError(f"{where}: an empty response")
+    return prompt, response
+
+
+# --------------------------------------------------------------------------------- writing
+
+
+def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of what a checkpoint holds, one by one; call on every rank.
+
+    Each is gathered from its shards, and the product of its adapter is added.
+    """
+    for name, parameter in base_parameters(model):
+        yield name, _gathered_weight(model, name, parameter)
+
+
+def check_weights(
+    tensors: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, list[int]], tied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a weight update as they come, each checked; tied ones are left out.
+
+    Args:
+        shapes: of everything that has to come, by name.
+        tied: lm_head.weight is the embedding; some checkpoints hold it twice all the same.
+
+    Raises:
+        ValueError: a tensor is unknown, repeated or of another shape; at the end: one is missing.
+    """
+    expected = dict(shapes)
+    if tied:
+        expected.pop("lm_head.weight", None)
+    for name, tensor in tensors:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in expected:
+            raise ValueError(f"weight update: unknown or repeated tensor {name}")
+        if expected.pop(name) != list(tensor.shape):
+            raise ValueError(f"weight update: {name} has shape {tuple(tensor.shape)}")
+        yield name, tensor
+    if expected:
+        raise ValueError(f"weight update: missing tensor {min(expected)}")
+
+
+def _gathered_weight(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    tensor, delta = gathered(parameter.detach()), delta_weight(model, name)
+    return tensor if delta is None else tensor + delta.to(tensor.dtype)
+
+
+def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value: str) -> None:
+    """A safetensors file with one entry of metadata (of several, the order would be by chance).
+
+    It is on the disk when this returns.
+    """
+    with writing(file):
+        save_file(tensors, file, {key: value})
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def save(
+    model: torch.nn.Module,
+    folder: Path,
+    source: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    file_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face folder that loads wherever `source` does; call on every rank.
+
+    The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
+    in a round: no rank holds more than one at once. Everything else (config.json, tokenizer, chat
+    template, published modelling code) is copied from `source` byte for byte, so that no version of
+    transformers rewrites it.
+    """
+    # Read what is copied first: `source` may be `folder`.
+    kept = (".json", ".txt", ".jinja", ".py")
+    files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
+    contents = {file.name: file.read_bytes() for file in files}
+    folder.mkdir(parents=True, exist_ok=True)
+
+    # Cut the parameters into files.
+    parts, used = [], file_bytes
+    for name, parameter in base_parameters(model):
+        if used + parameter.nbytes > file_bytes:
+            parts.append([])
+            used = 0
+        parts[-1].append((name, parameter))
+        used += parameter.nbytes
+    names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    names = names if len(parts) > 1 else ["model.safetensors"]
+
+    # Round by round: all ranks gather every tensor, each keeps and writes those of its own file.
+    weight_map = {}
+    for start in range(0, len(parts), ranks):
+        mine: dict[str, torch.Tensor] = {}
+        for number, part in enumerate(parts[start : start + ranks]):
+            for name, parameter in part:
+                tensor = _gathered_weight(model, name, parameter)
+                for published, view, _ in as_published(name, tensor):
+                    weight_map[published] = names[start + number]
+                    if number == rank:
+                        mine[published] = view.to("cpu", copy=True).contiguous()
+        if mine:
+            write_tensors(folder / names[start + rank], mine, "format", "pt")
+    if rank:
+        return
+
+    # The index of several files, and the copies.
+    if len(parts) > 1:
+        total = {"total_size": sum(p.nbytes for p in model.parameters())}
+        index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True)
+        contents["model.safetensors.index.json"] = (index + "\n").encode()
+    for name, content in contents.items():
+        with writing(folder / name):
+            (folder / name).write_bytes(content)
+
+
+# ---------------------------------------------------------------------------- a tiny model
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, the special tokens of SDAR's tokenizer and the names of the roles: 263 tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|MASK|>"])
+    core.add_tokens([AddedToken(name, normalized=False) for name in ("system", "user", "assistant")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|MASK|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
+    """Write a small random SDAR checkpoint (0.8 M parameters) with a byte-level tokenizer.
+
+    Args:
+        changes: fields of config.json to set otherwise, e.g. hidden_size=64 or block_size=8.
+    """
+    # The tokenizer.
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"  # the class name that transformers 4 knows as well
+    known = settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+    settings.write_text(known)
+
+    # The config, with the keys of published ones.
+    config = {
+        "architectures": ["SDARForCausalLM"],
+        "model_type": "sdar",
+        "attention_bias": False,
+        "block_size": 4,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.05,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "vocab_size": 264,
+    } | changes
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    # The weights.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    save(model, folder, folder)
+    return folder

@@ -1,0 +1,276 @@
+"""Configs: flat dataclasses whose fields say what they mean, and the command line that sets them.
+
+A field is declared once, with its default, its meaning and its bounds:
+
+    lr: float = setting(1e-5, "peak learning rate", above=0)
+
+`--help` prints the meanings, docs/config.md is made of them, and `load_config` checks the bounds. Nothing
+here imports torch: a misspelt key is answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from plumbing.common import InputError, fail
+
+Config = TypeVar("Config")
+Rule = Literal["dynamic", "static", "sequential"]  # how positions are chosen: rollout.reveal
+EngineName = Literal["auto", "lmdeploy", "torch"]
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    heading: str = "",
+    at_least: float | None = 0,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a config.
+
+    Args:
+        heading: `--help` begins a group of fields with this one.
+        at_least, above, below: bounds of a number, or of every number of a list; None: none.
+    """
+    metadata = {"meaning": meaning, "heading": heading, "at_least": at_least, "above": above, "below": below}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad option in one line, without the usage text."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def read_arguments(config_class: type[Config], presets: Mapping[str, dict[str, Any]] | None = None) -> Config:
+    """`load_config` of this process's arguments; a bad one ends in one line and exit code 2."""
+    try:
+        return load_config(config_class, sys.argv[1:], presets)
+    except InputError as error:
+        fail(str(error))
+
+
+def load_config(
+    config_class: type[Config], argv: list[str], presets: Mapping[str, dict[str, Any]] | None = None
+) -> Config:
+    """Defaults of the dataclass, then the YAML file of --config, then key=value overrides.
+
+    Args:
+        presets: fields by name of a protocol; those of config.protocol come right after the defaults.
+
+    Raises:
+        InputError: unknown key, wrong type, bad choice, out of bounds, unreadable file; the message
+            names the key.
+    """
+    parser = Parser(
+        description=sys.modules[config_class.__module__].__doc__,
+        epilog=describe(config_class),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with fields of the config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields; they win over the file")
+    options = parser.parse_args(argv)
+    for override in options.overrides:
+        if "=" not in override:
+            raise InputError(f"{override}: expected key=value")
+
+    # Lay the sources over each other, later ones on top.
+    layers = [OmegaConf.structured(config_class)]
+    try:
+        if options.config:
+            layers.append(OmegaConf.load(options.config))
+        layers.append(OmegaConf.from_dotlist(options.overrides))
+        if presets:
+            layers.insert(1, presets[OmegaConf.merge(*layers).protocol])
+        config = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except OmegaConfBaseException as error:
+        key = f"config key {error.full_key}: " if error.full_key else ""
+        raise InputError(key + str(error).splitlines()[0]) from error
+    except FileNotFoundError as error:
+        raise InputError(f"{options.config}: no such config file") from error
+    except Exception as error:  # the YAML parser's own kinds
+        reason = " ".join(str(error).split())
+        where = options.config or " ".join(options.overrides)
+        raise InputError(f"{where}: not YAML ({reason})") from error
+
+    # Bounds that stand with the fields, then what only several fields together can get wrong.
+    check_bounds(config)
+    if hasattr(config, "check"):
+        config.check()
+    return config
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse numbers outside the bounds of their field.
+
+    Raises:
+        InputError: one is; nan is outside of all.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        low, above, below = (f.metadata.get(name) for name in ("at_least", "above", "below"))
+        expected = "0 or more" if low == 0 else f"at least {low}"
+        if above is not None:
+            expected = f"more than {above}" if below is None else f"between {above} and {below}"
+        elif below is not None:
+            expected = f"{expected}, and less than {below}"
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            right = low is None or number >= low
+            right = right and (above is None or number > above) and (below is None or number < below)
+            if not right:
+                raise InputError(f"config key {f.name}: {value}, expected {expected}")
+
+
+# ---------------------------------------------------------------------------- documentation
+
+
+@dataclass
+class FieldDoc:
+    """A field as `--help` and docs/config.md show it."""
+
+    name: str
+    default: str  # as it would be typed
+    meaning: str
+    heading: str
+
+
+def field_docs(config_class: type) -> list[FieldDoc]:
+    """Every field of a config class, in order, with its default and its meaning."""
+    hints, docs = get_type_hints(config_class), []
+    for f in dataclasses.fields(config_class):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        meaning = f.metadata.get("meaning", "")
+        choices = get_args(hints[f.name]) if isinstance(default, str) else ()
+        if choices:
+            meaning = f"{' | '.join(choices)}: {meaning}"
+        docs.append(FieldDoc(f.name, as_typed(default), meaning, f.metadata.get("heading", "")))
+    return docs
+
+
+def as_typed(value: Any) -> str:
+    """A default as it stands in key=value: true, [a, b], {a: 1.0}."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {as_typed(v)}" for key, v in value.items()) + "}"
+    return str(value).replace("\n", "\\n") or '""'
+
+
+def describe(config_class: type) -> str:
+    """The fields for --help: grouped, each with its default and what it means."""
+    lines = ["fields, with their defaults:"]
+    for doc in field_docs(config_class):
+        if doc.heading:
+            lines += ["", f"{doc.heading}:"]
+        start = f"  {doc.name}={doc.default}"
+        text = textwrap.wrap(doc.meaning, 66) or [""]
+        if len(start) > 32:
+            lines.append(start)
+            start = ""
+        lines.append(f"{start:<34}{text[0]}")
+        lines += [" " * 34 + rest for rest in text[1:]]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------- what both stages have
+
+
+@dataclass
+class TrainConfig:
+    """Fields that sft.py and dipo.py share."""
+
+    model: str = setting(
+        "tiny", "checkpoint folder or hub id; tiny: a small random one is made in the run", heading="Run"
+    )
+    out: str = setting("runs/train", "the run directory: config, metrics, checkpoints")
+    resume: bool = setting(False, "go on from the newest complete checkpoint in out")
+    seed: int = setting(0, "of the data order, the noise and the rollouts")
+    block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
+    prompt: str = setting("{question}", "the user's turn; {question} is replaced")
+
+    steps: int = setting(100, "optimizer steps (SFT) or rollout batches (DiPO)", above=0, heading="Optimizer")
+    lr: float = setting(1e-5, "peak learning rate", above=0)
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warmup")
+    warmup_steps: int = setting(0, "optimizer updates of linear warmup")
+    adam_beta1: float = setting(0.9, "AdamW: decay of the first moment", below=1)
+    adam_beta2: float = setting(0.95, "AdamW: decay of the second moment", below=1)
+    weight_decay: float = setting(0.0, "AdamW: decay of the weights")
+    max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this", above=0)
+
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the computation; weights stay float32", heading="Memory and speed"
+    )
+    token_budget: int = setting(16384, "packed tokens per forward pass and rank", above=0)
+    reduce_once: bool = setting(
+        True, "sum gradients over ranks once per update; every rank holds them whole till then"
+    )
+    checkpointing: Literal["none", "selective", "full"] = setting(
+        "none", "activations that are computed twice instead of kept"
+    )
+    compile: bool = setting(False, "torch.compile of every decoder layer")
+    lora_rank: int = setting(0, "train adapters of this rank only, in one process (peft); 0: all weights")
+    cpu_offload: bool = setting(False, "weights, gradients and moments wait in the host's memory")
+
+    save_every: int = setting(
+        0, "steps between checkpoints; 0: only the last", heading="Checkpoints and logs"
+    )
+    keep_checkpoints: int = setting(2, "how many stay on disk", above=0)
+    wandb: str = setting("", "project to log to as well, if wandb is installed")
+
+    eval_data: str = setting(
+        "", "question file evaluated while training; empty: none", heading="Evaluation while training"
+    )
+    eval_every: int = setting(0, "steps between evaluations; 0: never")
+    eval_limit: int = setting(0, "only the first so many questions; 0: all")
+    eval_max_tokens: int = setting(64, "new tokens per response")
+    eval_threshold: float = setting(0.9, "of the dynamic, greedy decoding")
+
+    engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
+    max_batch: int = setting(256, "responses that the engine generates at once", above=0)
+    cache_gib: float = setting(0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory")
+
+    def check(self) -> None:
+        """Refuse what only several fields together can get wrong.
+
+        Raises:
+            InputError: naming the field.
+        """
+        if self.lora_rank and self.cpu_offload:
+            raise InputError("config key cpu_offload: with lora_rank nothing is sharded, so nothing waits")
+        if self.eval_every and not self.eval_data:
+            raise InputError("config key eval_data: expected a question file, since eval_every is set")
+        if self.eval_every:
+            check_file(self.eval_data)
+
+
+def check_file(path: str, otherwise: str = "") -> None:
+    """Refuse a data file that is not there.
+
+    Args:
+        otherwise: how it would be made.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such data file" + (f": {otherwise}" if otherwise else ""))

@@ -1,0 +1,397 @@
+"""LMDeploy in a subprocess: the parent's side. lmdeploy_child.py is the other one.
+
+The subprocess ends with this one, however this one ends. If it dies or falls silent it is started again
+and the unfinished requests are done again; after three deaths with no answer in between the run stops.
+Nothing here knows what a rollout is: requests go out, records come back, weights go over.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from plumbing.checkpoint import TensorFiles, as_published, check_weights, find_folder
+from plumbing.common import ROOT, InputError
+
+LMDEPLOY_VERSION = "0.18.0"  # lmdeploy_child.py replaces private methods of this version
+BUCKET_BYTES = 2**30  # weights travel to the subprocess in pieces of this size
+
+
+class _ChildDied(Exception):
+    """The rollout process is gone, or silent for too long; the message says which."""
+
+
+def child_environment(environ: Mapping[str, str], device: int | None) -> dict[str, str]:
+    """Environment of a rank's rollout process: its one GPU, and nothing of the launcher's.
+
+    Args:
+        device: index of the rank's GPU among those that the rank itself sees; None without a GPU.
+            An inherited CUDA_VISIBLE_DEVICES (numbers or UUIDs) is indexed by it.
+    """
+    launcher = ("GROUP_", "ROLE_", "TORCHELASTIC_", "MASTER_", "LOCAL_")
+    kept = {k: v for k, v in environ.items() if not k.startswith(launcher)}
+    for name in ("RANK", "WORLD_SIZE"):
+        kept.pop(name, None)
+    if device is not None:
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device].strip() if visible else str(device)
+    return kept | {"LMDEPLOY_ENABLE_CHECK_ENV": "0"}  # else it starts a process that checks
+
+
+def lmdeploy_problem() -> str:
+    """Why LMDeploy cannot run here, in a line; empty if it can."""
+    try:
+        version = importlib.metadata.version("lmdeploy")
+    except importlib.metadata.PackageNotFoundError:
+        return f"lmdeploy {LMDEPLOY_VERSION} is not installed (README, Rollout engines)"
+    if version != LMDEPLOY_VERSION:
+        return f"lmdeploy {version} is installed, expected {LMDEPLOY_VERSION}"
+    return "" if torch.cuda.is_available() else "lmdeploy needs CUDA"
+
+
+class LMDeployProcess:
+    """The subprocess of one rank, on that rank's GPU."""
+
+    setup = ""  # module:function that the subprocess calls first; for tests
+    start_seconds = 1800  # from the start to the first sign of readiness
+    silence_seconds = 600  # without a forward pass or an answer
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        block_size: int,
+        mask_id: int | None,
+        stop_ids: list[int],
+        max_batch: int = 256,
+        dtype: str = "bfloat16",
+        cache_gib: float = 0.0,
+        log: str | Path = "rollout.log",
+        options: dict[str, Any] | None = None,
+    ):
+        """Start the subprocess and wait until it is ready.
+
+        Args:
+            checkpoint: folder in the Hugging Face layout, or a hub id.
+            block_size: 0 for an autoregressive model.
+            cache_gib: key/value cache; 0: 40 % of what is free on the GPU now.
+            log: what the subprocess prints goes to the end of this file.
+            options: further fields of LMDeploy's PytorchEngineConfig.
+
+        Raises:
+            InputError: another version of LMDeploy, or the engine cannot start (its log is shown).
+        """
+        # What the child is told, and what weights it will expect.
+        problem = lmdeploy_problem()
+        if problem and not self.setup:
+            raise InputError(f"config key engine: {problem}")
+        self.checkpoint, self.block_size = find_folder(checkpoint), block_size or 1
+        self.stop_ids, self.dtype = stop_ids, dtype
+        self.log = Path(log)
+        self.config = json.loads((self.checkpoint / "config.json").read_text())
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._settings = {
+            "checkpoint": str(self.checkpoint.absolute()),
+            "block_size": block_size,
+            "mask_id": mask_id,
+            "setup": self.setup,
+            "options": self._engine_options(max_batch, cache_gib) | (options or {}),
+        }
+        files = TensorFiles(self.checkpoint, "model")
+        self._shapes = {name: files.shape(name) for name in files.parts}
+        if not self._shapes:
+            raise InputError(f"{checkpoint}: no weights, expected model*.safetensors")
+
+        # The state of the subprocess, as far as this side knows it.
+        self._memory = os.memfd_create("weights")  # shared memory without a name: nothing to leave behind
+        self._process: subprocess.Popen | None = None
+        self._deaths = 0  # in a row
+        self._own_weights = False  # the weights are no longer the checkpoint's
+        self._lost = False  # and the subprocess does not have them
+        self._asleep: set[str] = set()
+        try:
+            self._start()
+        except _ChildDied as reason:
+            self._kill()
+            self._give_up(f"the rollout process did not start ({reason})")
+
+    def _engine_options(self, max_batch: int, cache_gib: float) -> dict[str, Any]:
+        page = 64  # tokens of a cache block, LMDeploy's default
+        return {
+            "dtype": self.dtype,
+            "max_batch_size": max_batch,
+            "session_len": self.config["max_position_embeddings"],
+            "block_size": page,
+            "num_gpu_blocks": self._cache_bytes(cache_gib) // (page * self._bytes_per_token()),
+            "cudagraph_capture_batch_sizes": _batch_sizes(max_batch),
+        }
+
+    def _cache_bytes(self, gib: float) -> int:
+        free = torch.cuda.mem_get_info()[0] if self.device is not None else 2**30
+        return int(gib * 2**30) or int(0.4 * free)
+
+    def _bytes_per_token(self) -> int:
+        c = self.config
+        head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        values = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
+        return values * getattr(torch, self.dtype).itemsize
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with theirs, open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "plumbing.lmdeploy_child", str(theirs.fileno()), str(self._memory)],
+                cwd=ROOT,
+                pass_fds=(theirs.fileno(), self._memory),
+                env=child_environment(os.environ, self.device),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is the parent's affair
+            )
+        self._asleep, self._lost = set(), self._own_weights
+        self._send(self._settings)
+        self._receive(self.start_seconds)
+
+    def _give_up(self, reason: str) -> None:
+        tail = self.log.read_text(errors="replace").splitlines()[-15:]
+        tqdm.write("\n".join(["", f"last lines of {self.log}:", *tail]), file=sys.stderr)
+        raise InputError(f"{reason}; its log is {self.log}")
+
+    def _kill(self) -> None:
+        self._connection.close()
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _receive(self, seconds: float) -> tuple:
+        """The child's next message.
+
+        Raises:
+            _ChildDied: it is gone, or said nothing for so many seconds.
+            RuntimeError: it reports an error; its traceback.
+        """
+        try:
+            message = self._connection.recv() if self._connection.poll(seconds) else None
+        except (OSError, EOFError):
+            raise _ChildDied(f"exit code {self._process.wait()}") from None
+        if message is None:
+            raise _ChildDied(f"no sign of life for {seconds:.0f} s")
+        if message[0] == "error":
+            self._kill()
+            raise RuntimeError(f"in the rollout process:\n{message[1]}")
+        return message
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        """Call a method of the child's Server and wait for its answer."""
+        self._send((name, arguments))
+        return self._receive(self.start_seconds)[1]
+
+    def _send(self, message: Any) -> None:
+        if self._process is None:
+            raise _ChildDied("it is not running")
+        try:
+            self._connection.send(message)
+        except OSError:
+            raise _ChildDied(f"exit code {self._process.wait()}") from None
+
+    def _died(self, reason: Exception) -> None:
+        """Note a death; the third in a row ends the run."""
+        self._kill()
+        self._deaths += 1
+        if self._deaths >= 3:
+            self._give_up(f"the rollout process died {self._deaths} times in a row, the last time: {reason}")
+        tqdm.write(f"the rollout process died ({reason}): starting it again", file=sys.stderr)
+
+    def records(
+        self, prompts: list[list[int]], seeds: list[int], how: Any
+    ) -> Iterator[tuple[int, dict[str, list]]]:
+        """(index, record) of each request as it ends; ends early if the weights were lost on the way.
+
+        Args:
+            how: the settings, which the child's `generate` understands.
+        """
+        todo = dict.fromkeys(range(len(prompts)))  # an ordered set
+        while todo:
+            try:
+                if self._process is None:
+                    self._start()
+                if self._lost:
+                    return
+                self.wake()
+                requests = [(i, prompts[i], seeds[i] % 2**63) for i in todo]
+                self._send(("generate", (requests, how, self.stop_ids)))
+                for i, record in self._receive_records():
+                    del todo[i]
+                    yield i, record
+            except _ChildDied as reason:
+                self._died(reason)
+
+    def _receive_records(self) -> Iterator[tuple[int, dict[str, list]]]:
+        """What the child sends until it is done.
+
+        Raises:
+            _ChildDied: it died, or its network made no pass for silence_seconds.
+        """
+        forwards, last_progress = -1, time.monotonic()
+        while True:
+            tag, *content = self._receive(self.silence_seconds)
+            if tag == "done":
+                return
+            if tag == "alive" and content[0] == forwards:
+                if time.monotonic() - last_progress > self.silence_seconds:
+                    raise _ChildDied(f"no forward pass for {self.silence_seconds:.0f} s")
+                continue
+            last_progress = time.monotonic()
+            if tag == "alive":
+                (forwards,) = content
+                continue
+            self._deaths = 0
+            yield content[0], content[1]
+
+    def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrite the weights in place, a bucket at a time; a sleeping engine takes memory for them.
+
+        The iterator is read to its end even if the subprocess dies, since every rank takes part in
+        gathering it; the engine then starts again and wants the weights again (`rollout.generate_all`).
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape than in the checkpoint.
+        """
+        self._own_weights = self._lost = True
+        bucket = _Bucket(self)
+        try:
+            if self._process is None:
+                self._start()
+            if "weights" in self._asleep:
+                self._ask("wake", ["weights"])
+                self._asleep.remove("weights")
+        except _ChildDied as reason:
+            bucket.fail(reason)
+        tied = self.config.get("tie_word_embeddings")
+        for name, tensor in check_weights(_published(tensors), self._shapes, tied):
+            bucket.add(name, tensor)
+        bucket.flush(last=True)
+        self._lost = bucket.failed
+
+    def sleep(self) -> int:
+        """Drop weights, cache and graphs; bytes of GPU memory that came free. See `Engine`."""
+        if self._asleep or self._process is None:
+            return 0
+        try:
+            freed = self._ask("sleep")
+        except _ChildDied as reason:
+            self._died(reason)
+            return 0
+        self._asleep, self._own_weights, self._lost = {"weights", "kv_cache"}, True, True
+        return freed
+
+    def wake(self) -> None:
+        """Take the memory again. Weights that `update_weights` did not bring meanwhile are lost."""
+        if not self._asleep or self._process is None:
+            return
+        try:
+            self._ask("wake", sorted(self._asleep, reverse=True))  # weights first
+            self._asleep.clear()
+        except _ChildDied as reason:
+            self._died(reason)
+
+    def close(self) -> None:
+        """End the subprocess."""
+        if self._process is not None:
+            self._kill()
+            os.close(self._memory)
+
+
+class _Bucket:
+    """Tensors on their way to the subprocess: one flat piece of memory that both can see.
+
+    On the GPU it is a tensor shared by CUDA IPC, on the CPU anonymous shared memory. It grows to the
+    largest single tensor if that is larger than BUCKET_BYTES.
+    """
+
+    def __init__(self, engine: LMDeployProcess):
+        self.engine, self.failed = engine, False
+        self.dtype = getattr(torch, engine.dtype)
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.tensors: list[tuple[str, tuple[int, ...], int]] = []  # name, shape, offset in bytes
+        self.used = 0
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy a tensor in; what is there goes out first if there is no room."""
+        if self.failed:
+            return
+        size = tensor.numel() * self.dtype.itemsize
+        if self.used + size > len(self.memory):
+            self.flush()
+            if size > len(self.memory):
+                self._grow(max(size, BUCKET_BYTES))
+        if self.failed:
+            return
+        place = self.memory[self.used : self.used + size]
+        place.view(self.dtype).view(tensor.shape).copy_(tensor)
+        self.tensors.append((name, tuple(tensor.shape), self.used))
+        self.used += -(-size // 16) * 16
+
+    def _grow(self, size: int) -> None:
+        handle, self.memory = None, torch.empty(0, dtype=torch.uint8)  # the smaller one goes first
+        if self.engine.device is None:
+            os.ftruncate(self.engine._memory, size)
+            self.memory = torch.frombuffer(mmap.mmap(self.engine._memory, size), dtype=torch.uint8)
+        else:
+            from torch.multiprocessing.reductions import reduce_tensor
+
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.engine.device)
+            handle = reduce_tensor(self.memory)
+        self._ask("map_bucket", handle, size)
+
+    def flush(self, last: bool = False) -> None:
+        """Have the subprocess copy what is there over its live parameters."""
+        if self.tensors or last:
+            if self.memory.is_cuda:
+                torch.cuda.synchronize()  # the subprocess reads on a stream of its own
+            self._ask("load", self.tensors, self.engine.dtype, last)
+        self.tensors, self.used = [], 0
+        if last:
+            self.memory = torch.empty(0, dtype=torch.uint8)
+            if self.engine.device is not None:
+                torch.cuda.ipc_collect()
+
+    def _ask(self, *request: Any) -> None:
+        try:
+            if not self.failed:
+                self.engine._ask(*request)
+        except _ChildDied as reason:
+            self.fail(reason)
+
+    def fail(self, reason: Exception) -> None:
+        """The subprocess died: nothing more is sent."""
+        self.failed = True
+        self.engine._died(reason)
+
+
+def _published(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters under the names and in the shapes of published checkpoints."""
+    for name, tensor in tensors:
+        for published, view, _ in as_published(name, tensor):
+            yield published, view
+
+
+def _batch_sizes(largest: int) -> list[int]:
+    """Batch sizes that CUDA graphs are captured for: powers of two, up to `largest`."""
+    return sorted({min(2**i, largest) for i in range(largest.bit_length() + 1)})

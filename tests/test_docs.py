@@ -1,0 +1,138 @@
+"""README, data/README and docs/ say what is so: links, pictures, fields, configs and examples."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dipo import DiPOConfig
+from evaluate import PROTOCOLS, EvalConfig
+from plumbing.config import load_config
+from sft import SFTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    ROOT / "data/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/RESULTS.md",
+]
+SCRIPTS = {"sft.py": SFTConfig, "dipo.py": DiPOConfig, "evaluate.py": EvalConfig}
+
+
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    """Files that git knows, from the root."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_pictures_are_in_git(page, tracked):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    local = [t.partition("#")[0] for t in targets if not t.startswith(("http", "#"))]
+    assert local or page != README
+    missing = [t for t in local if (page.parent / t).resolve().relative_to(ROOT).as_posix() not in tracked]
+    assert not missing, f"{page.name} points to {missing}, which git does not have"
+
+
+def test_every_file_of_the_list_is_there(tracked):
+    """Names in backticks and in the lists of files that end like a file of this repository."""
+    named = re.findall(r"(?<![\w/.<{-])([\w/]+\.(?:py|md|yaml|txt))\b", README.read_text(encoding="utf-8"))
+    known = {path.rpartition("/")[2] for path in tracked} | tracked
+    made = {"table.md", "config.yaml"}  # by runs
+    missing = {name for name in named if name not in known | made}
+    assert not missing, f"README.md names {sorted(missing)}"
+
+
+def test_the_fields_of_all_configs_are_documented():
+    spec = importlib.util.spec_from_file_location("docs_config", ROOT / "docs/config.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    document = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert document == module.document(), "docs/config.md is stale: python docs/config.py"
+    for config_class in SCRIPTS.values():
+        for field in fields(config_class):
+            assert f"| `{field.name}` |" in document
+            assert field.metadata["meaning"], f"{config_class.__name__}.{field.name} has no meaning"
+
+
+def test_the_curves_of_the_rewards_are_plotted(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/rewards.py").write_text((ROOT / "docs/rewards.py").read_text())
+    path = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, tmp_path / "docs/rewards.py"], env=path, check=True)
+    assert (tmp_path / "docs/rewards.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in (ROOT / "configs").glob("*.yaml")))
+def test_a_config_holds_only_what_differs_from_the_defaults(name):
+    config_class = SFTConfig if "sft" in name else DiPOConfig if "dipo" in name else EvalConfig
+    content = yaml.safe_load((ROOT / "configs" / name).read_text())
+    defaults = config_class()
+    assert content and not [key for key, value in content.items() if getattr(defaults, key) == value]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dipo"])
+def test_the_published_configs_load_and_name_files_that_download_makes(stage, tmp_path, monkeypatch):
+    """Without those files they say so, instead of training on something else."""
+    import download
+
+    config_class = SCRIPTS[f"{stage}.py"]
+    monkeypatch.chdir(tmp_path)
+    path = ["--config", str(ROOT / f"configs/sdar_8b_{stage}.yaml")]
+    with pytest.raises(ValueError, match=r"data/hub/.*: no such data file: .*python data/download.py"):
+        load_config(config_class, path)
+    name = yaml.safe_load(Path(path[1]).read_text())["data"]
+    assert Path(name).stem in download.DATASETS
+    Path("data/hub").mkdir(parents=True)
+    Path(name).write_text("{}\n")
+    config = load_config(config_class, path)
+    assert (config.batch_size, config.lr) == (512, 1e-5) if stage == "sft" else config.groups == 128
+    if stage == "dipo":
+        assert config.prompt == PROTOCOLS["dirl"]["prompt"], "trained on another prompt than evaluated on"
+
+
+def commands() -> list[list[str]]:
+    """Command lines of README's blocks that start one of this repository's programs, without comments."""
+    blocks = re.findall(r"```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun "))]
+    return [w[[i for i, word in enumerate(w) if word.endswith(".py")][0] :] for w in words if ".py" in str(w)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_of_the_readme_have_arguments_that_their_programs_take(command, tmp_path, monkeypatch):
+    """Whatever they would need (a node, the hub) is not needed to read their arguments."""
+    script, *arguments = command
+    assert (ROOT / script).is_file()
+    if script not in SCRIPTS:
+        return
+    monkeypatch.setattr("plumbing.config.check_file", lambda *_: None)
+    monkeypatch.setattr("sft.check_file", lambda *_: None)
+    monkeypatch.setattr("dipo.check_file", lambda *_: None)
+    monkeypatch.chdir(ROOT)
+    presets = PROTOCOLS if script == "evaluate.py" else None
+    load_config(SCRIPTS[script], arguments, presets)
+
+
+@pytest.mark.parametrize("engine", ["LMDeployEngine", "TorchEngine"])
+def test_the_inference_examples_run(engine, tiny_folder, tmp_path, monkeypatch, capsys):
+    if engine == "LMDeployEngine":
+        pytest.importorskip("lmdeploy")
+        monkeypatch.setattr("rollout.LMDeployEngine.setup", "lmdeploy_on_cpu:install")
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = [b for b in blocks if engine in b]
+    assert len(code.strip().splitlines()) <= 11
+    exec(code.replace("JetLM/SDAR-8B-Chat", str(tiny_folder)), {})
+    assert capsys.readouterr().out.strip()
