@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plumbing.common import InputError, run_script
-from plumbing.config import EngineName, Rule, read_arguments, setting
+from plumbing.config import EngineName, Rule, check_file, read_arguments, setting
+from plumbing.report import BENCHMARKS
 
 BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."
 # What a protocol sets; the config file and key=value win over it.
@@ -88,6 +89,31 @@ class EvalConfig:
             raise InputError("config key rules: expected at least 1")
         if self.min_tokens > self.max_tokens:
             raise InputError(f"config key min_tokens: {self.min_tokens} is more than max_tokens")
+        if self == EvalConfig() and not (Path(self.model).exists() and Path(self.data).exists()):
+            what = f"the demo's checkpoint {self.model} on {self.data}"
+            raise InputError(f"without arguments {what} is evaluated; it is not there: run `make demo` first")
+        benchmark_files(self.data)
+
+
+def benchmark_files(data: Any) -> dict[str, Path]:
+    """Question files, by the name of the benchmark or of the file without its ending.
+
+    Raises:
+        InputError: not a name or file, or a list of them; a file that is not there.
+    """
+    files: dict[str, Path] = {}
+    items = data if isinstance(data, list) and data else [data]
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise InputError(f"config key data: {item}, expected files or names of benchmarks")
+        path = Path("data/hub", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
+        if item in BENCHMARKS and not path.exists():
+            raise InputError(f"config key data: no {path}: python data/download.py {item} fetches it")
+        check_file(str(path))
+        if path.stem in files:
+            raise InputError(f"config key data: two files with the name {path.stem}")
+        files[path.stem] = path
+    return files
 
 
 if __name__ == "__main__":  # a bad argument is answered before the imports below, which take seconds
@@ -108,7 +134,7 @@ from plumbing import report
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
 from plumbing.common import read_records, write_json, writing
 from plumbing.ranks import gather, rank_and_world, start_distributed
-from plumbing.report import BENCHMARKS, Results
+from plumbing.report import Results
 from plumbing.run_folder import claim
 from reward import Graded, Question, grade, read_questions
 from rollout import Decoding, Engine, Rollout, generate_all, make_engine
@@ -357,26 +383,6 @@ def write_responses(out: Path, name: str, graded: list[list[Graded]], seconds: d
 # ------------------------------------------------------------------------------ the script
 
 
-def read_benchmarks(data: Any, limit: int) -> dict[str, list[Question]]:
-    """Questions, by the name of the benchmark or of the file without its ending.
-
-    Raises:
-        InputError: not a name or file, or a list of them; a benchmark that was not downloaded.
-    """
-    benchmarks: dict[str, list[Question]] = {}
-    items = data if isinstance(data, list) and data else [data]
-    for item in items:
-        if not isinstance(item, str) or not item:
-            raise InputError(f"config key data: {item}, expected files or names of benchmarks")
-        path = Path("data/hub", f"{item}.jsonl") if item in BENCHMARKS else Path(item)
-        if item in BENCHMARKS and not path.exists():
-            raise InputError(f"config key data: no {path}: python data/download.py {item} fetches it")
-        if path.stem in benchmarks:
-            raise InputError(f"config key data: two files with the name {path.stem}")
-        benchmarks[path.stem] = read_questions(str(path))[: limit or None]
-    return benchmarks
-
-
 def decodings(config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion: bool) -> dict[str, Decoding]:
     """What is measured, by name: every rule; with a sweep, dynamic once per threshold in its place.
 
@@ -401,22 +407,16 @@ def decodings(config: EvalConfig, tokenizer: PreTrainedTokenizerFast, diffusion:
     return named
 
 
-def announce_demo(config: EvalConfig) -> None:
-    """Say what is evaluated when nothing was asked for, or what to run first."""
-    what = f"the demo's checkpoint {config.model} on {config.data}"
-    if not Path(config.model).exists() or not Path(config.data).exists():
-        raise InputError(f"without arguments {what} is evaluated, and it is not there: run `make demo` first")
-    print(f"no arguments: evaluating {what} (--help lists the fields)")
-
-
 def main(config: EvalConfig) -> None:
     """Evaluate one checkpoint."""
     rank, _, _ = start_distributed("gloo")  # nothing large is exchanged, and it needs no GPU memory
-    if config == EvalConfig():
-        announce_demo(config)
+    if config == EvalConfig() and rank == 0:
+        print(f"no arguments: evaluating the demo's checkpoint {config.model} on {config.data}")
 
     # What is asked, of whom, and how.
-    benchmarks = read_benchmarks(config.data, config.limit)
+    benchmarks = {}
+    for name, path in benchmark_files(config.data).items():
+        benchmarks[name] = read_questions(str(path))[: config.limit or None]
     tokenizer, diffusion = load_tokenizer(config.model), is_block_diffusion(find_folder(config.model))
     named, out = decodings(config, tokenizer, diffusion), Path(config.out)
     claim_folder(out, config, benchmarks)

@@ -782,6 +782,8 @@ def explain_file(path: str) -> None:
         golds = [record[name] for name in ("gold", "ground_truth_answer", "answer") if name in record]
         if not texts or not golds:
             raise InputError(f"{where}: expected an object with `text` or `response`, and `gold` or `answer`")
+        if not isinstance(record.get("tolerance"), int | float | None):
+            raise InputError(f"{where}: `tolerance` is {record['tolerance']!r}, expected a number")
         cases.append(Case(extract_answer(str(texts[0])), str(golds[0]), record.get("tolerance")))
 
     # No box is judged as an empty answer.

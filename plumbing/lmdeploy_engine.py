@@ -66,6 +66,7 @@ class LMDeployProcess:
     """The subprocess of one rank, on that rank's GPU."""
 
     setup = ""  # module:function that the subprocess calls first; for tests
+    launch = staticmethod(subprocess.Popen)  # starts it; in tests a fork of a process with the imports done
     start_seconds = 1800  # from the start to the first sign of readiness
     silence_seconds = 600  # without a forward pass or an answer
 
@@ -153,7 +154,7 @@ class LMDeployProcess:
         self._connection = Connection(ours.detach())
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with theirs, open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
+            self._process = self.launch(
                 [sys.executable, "-m", "plumbing.lmdeploy_child", str(theirs.fileno()), str(self._memory)],
                 cwd=ROOT,
                 pass_fds=(theirs.fileno(), self._memory),

@@ -10,6 +10,7 @@ LMDeploy's default implementation in torch. float32, which LMDeploy refuses, is 
 
 import asyncio
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -19,7 +20,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
+@functools.cache
 def install() -> None:
+    """Once per process: the zygote of test_lmdeploy.py has done it for its forks."""
     fake_cuda()
     use_torch_operators()
     allow_float32()

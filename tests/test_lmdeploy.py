@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import TINY, WORDS
 from data_rows import write_task
+from zygote import Zygote
 
 import dipo
 import evaluate
@@ -35,9 +36,18 @@ TESTS = Path(__file__).parent
 STOPS = list(range(0, WORDS, 9))  # many, so that answers end everywhere in a block
 
 
+@pytest.fixture(scope="module")
+def zygote():
+    """Forks it takes a second to start, where a process of its own would take six."""
+    zygote = Zygote(["lmdeploy_zygote"])
+    yield zygote
+    zygote.close()
+
+
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
+def on_cpu(monkeypatch, zygote):
     """The stand-ins are installed in every subprocess that a test starts."""
+    monkeypatch.setattr(LMDeployEngine, "launch", zygote.popen)
     monkeypatch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:install")
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -59,9 +69,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 4, 8])
-def both(request, folder, tmp_path_factory):
+def both(request, folder, tmp_path_factory, zygote):
     """(LMDeploy, embedded) on the same checkpoint, per block size."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LMDeployEngine, "launch", zygote.popen)
         patch.setattr(LMDeployEngine, "setup", "lmdeploy_on_cpu:install")
         patch.setenv("PYTHONPATH", str(TESTS))
         patch.setenv("OMP_NUM_THREADS", "1")
