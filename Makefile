@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # torch first and by itself: the other packages are then content with the build that is there.
 $(VENV)/ready: requirements.txt

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from zygote import Zygote
 
 import dipo
 import model
@@ -35,6 +36,14 @@ WORDS = 256  # tokens below this one are bytes; the special tokens come after
 def one_thread():
     """Tiny matrices gain nothing from threads, and lose much on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Processes for a tenth of a second, where the imports of the scripts are not what is tested."""
+    zygote = Zygote(["sft", "dipo", "evaluate"], fresh=True)
+    yield zygote
+    zygote.close()
 
 
 @pytest.fixture(scope="session")

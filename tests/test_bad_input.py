@@ -1,7 +1,7 @@
 """What a user gets wrong ends in one line that names the place and code 2, nothing half-written.
 
 Most cases read the arguments and call a script's `main` through `run_script` in this process, which
-is what the command line does; a few of each script are real processes.
+is what the command line does; a few of each script are processes of their own (tests/zygote.py).
 """
 
 import contextlib
@@ -126,21 +126,15 @@ def refused(place: Place, script: str, *changes: str) -> str:
 
 
 def refused_process(
-    place: Place, script: str, *changes: str, file_limit: int | None = None
+    zygote, place: Place, script: str, *changes: str, file_limit: int | None = None
 ) -> tuple[str, subprocess.CompletedProcess]:
-    """The same of a real process, in which no file may grow beyond `file_limit` bytes."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-    done = subprocess.run(
+    """The same of a process of its own, in which no file may grow beyond `file_limit` bytes."""
+    done = zygote.run(
         [sys.executable, f"{script}.py", *place.command(script, *changes)],
         cwd=ROOT,
         env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
         timeout=120,
-        preexec_fn=None if file_limit is None else limit,
+        limits=[] if file_limit is None else [(resource.RLIMIT_FSIZE, file_limit)],
     )
     return the_error(done.returncode, done.stderr), done
 
@@ -458,10 +452,10 @@ def test_a_run_whose_checkpoint_is_damaged_cannot_be_resumed(place, damage, want
 # ----------------------------------------------------------------------------------- the run folder
 
 
-def test_a_run_is_not_overwritten(place) -> None:
+def test_a_run_is_not_overwritten(place, zygote) -> None:
     run_here("sft", place.command("sft"))
     before = {f: f.read_bytes() for f in place.out.rglob("*") if f.is_file()}
-    error, _ = refused_process(place, "sft")
+    error, _ = refused_process(zygote, place, "sft")
     assert_names(error, str(place.out), "resume=true")
     assert before == {f: f.read_bytes() for f in place.out.rglob("*") if f.is_file()}
 
@@ -486,9 +480,9 @@ def test_an_out_that_is_a_file_is_named(place, script) -> None:
         ("evaluate", 1_500, ["limit=4", "max_tokens=64"], "responses-test-static.rank0.jsonl"),
     ],
 )
-def test_a_full_disk_names_the_file(place, script, limit, changes, name) -> None:
+def test_a_full_disk_names_the_file(place, zygote, script, limit, changes, name) -> None:
     # A file that may not grow stands for the full disk: the same call fails at the same place.
-    error, _ = refused_process(place, script, *changes, file_limit=limit)
+    error, _ = refused_process(zygote, place, script, *changes, file_limit=limit)
     assert_no_finished_checkpoint(place.out)
     assert_names(error, name)
 
@@ -512,16 +506,16 @@ def assert_no_finished_checkpoint(out: Path) -> None:
         ("evaluate", "rules", ["rules", "key=value"]),
     ],
 )
-def test_a_process_ends_with_one_line_and_code_2(place, script, change, wanted) -> None:
-    error, done = refused_process(place, script, change)
+def test_a_process_ends_with_one_line_and_code_2(place, zygote, script, change, wanted) -> None:
+    error, done = refused_process(zygote, place, script, change)
     assert_names(error, *wanted)
     assert done.stdout == "", "an error belongs to stderr"
     assert_nothing_half_written(place.out)
 
 
 @pytest.mark.parametrize("arguments", [[], ["no/such/folder", "3+8?"]])
-def test_rollout_refuses_in_one_line(arguments) -> None:
+def test_rollout_refuses_in_one_line(zygote, arguments) -> None:
     command = [sys.executable, "rollout.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = zygote.run(command, cwd=ROOT, env=ENVIRONMENT)
     error = the_error(done.returncode, done.stderr)
     assert_names(error, *(arguments[:1] or ["checkpoint", "question"]))

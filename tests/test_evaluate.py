@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
@@ -167,7 +168,18 @@ def test_benchmarks_count_alike_in_the_average():
 # --------------------------------------------------------------------------- protocols and benchmarks
 
 
-def test_a_protocol_sets_fields_and_anything_explicit_wins(tmp_path):
+@pytest.fixture
+def files_are_there(tmp_path, monkeypatch):
+    """The files of the demo and of all benchmarks; a config that names a missing file is refused."""
+    monkeypatch.chdir(tmp_path)
+    names = ["runs/demo/data/test.jsonl", *(f"data/hub/{name}.jsonl" for name in report.BENCHMARKS)]
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text('{"question": "1+1?", "answer": "2"}\n')
+    Path("runs/demo/dipo/latest").mkdir(parents=True)
+
+
+def test_a_protocol_sets_fields_and_anything_explicit_wins(tmp_path, files_are_there):
     config = load_config(EvalConfig, ["protocol=dirl"], PROTOCOLS)
     assert (config.samples, config.top_k, config.threshold, config.max_tokens) == (16, 50, 0.9, 8192)
     assert (config.temperature, config.top_p, config.min_tokens) == (1.0, 1.0, 128)
@@ -183,7 +195,7 @@ def test_a_protocol_sets_fields_and_anything_explicit_wins(tmp_path):
     assert load_config(EvalConfig, [], PROTOCOLS) == EvalConfig()
 
 
-def test_a_protocol_that_was_changed_is_not_called_by_its_name_alone():
+def test_a_protocol_that_was_changed_is_not_called_by_its_name_alone(files_are_there):
     def name(*overrides):
         return evaluate.name_protocol(load_config(EvalConfig, [*overrides, "protocol=dirl"], PROTOCOLS))
 
@@ -191,7 +203,7 @@ def test_a_protocol_that_was_changed_is_not_called_by_its_name_alone():
     assert name("limit=9", "samples=4", "top_k=50") == "dirl except for samples=4, limit=9"
 
 
-def test_the_shipped_config_is_the_protocol():
+def test_the_shipped_config_is_the_protocol(files_are_there):
     config = load_config(EvalConfig, ["--config", str(ROOT / "configs/eval.yaml")], PROTOCOLS)
     differs = {k for k, v in vars(EvalConfig(**PROTOCOLS["dirl"])).items() if v != getattr(config, k)}
     assert differs <= {"model", "data", "out", "protocol"}
@@ -302,25 +314,22 @@ def test_what_is_refused(folder, tmp_path, monkeypatch, changes, wanted):
 # ------------------------------------------------------------------- interrupted, repeated, sharded
 
 
-def launch(*command: str, **settings) -> subprocess.Popen:
-    environment = os.environ | SETTINGS | settings
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True
-    )
-
-
-def kill_when(process: subprocess.Popen, file: Path, lines: int) -> None:
+def evaluate_and_kill(zygote, argv: list[str], file: Path, lines: int) -> None:
     """SIGKILL once the file has so many lines."""
     deadline = time.monotonic() + 120
-    while not file.exists() or file.read_bytes().count(b"\n") < lines:
-        assert process.poll() is None, f"ended before it was killed: {process.stderr.read()}"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
+    with tempfile.TemporaryFile("w+") as printed:
+        command, environment = [sys.executable, "evaluate.py", *argv], os.environ | SETTINGS
+        process = zygote.popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
+        try:
+            while not file.exists() or file.read_bytes().count(b"\n") < lines:
+                if process.poll() is not None:
+                    printed.seek(0)
+                    pytest.fail(f"ended before it was killed: {printed.read()}")
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            process.kill()
     assert process.wait() == -signal.SIGKILL
-    process.stdout.close()
-    process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -331,14 +340,14 @@ def whole(folder, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_that_is_killed_twice_goes_on_to_the_same_result(folder, whole, tmp_path, capsys):
+def test_a_run_that_is_killed_twice_goes_on_to_the_same_result(folder, whole, tmp_path, zygote):
     out = tmp_path / "out"
     part = out / "responses-test-dynamic.rank0.jsonl"
-    kill_when(launch("evaluate.py", *arguments(folder, out, "max_batch=1")), part, 5)
+    evaluate_and_kill(zygote, arguments(folder, out, "max_batch=1"), part, 5)
     assert (out / "responses-test-static.jsonl").exists()
     whole_lines = part.read_text().rpartition("\n")[0] + "\n"
     part.write_text(whole_lines + '{"response_ids": [1, 2')  # half a line
-    kill_when(launch("evaluate.py", *arguments(folder, out, "max_batch=1")), part, 12)
+    evaluate_and_kill(zygote, arguments(folder, out, "max_batch=1"), part, 12)
     before = part.read_text()
     kept = [json.loads(line) for line in before.split("\n")[:-1]]
     assert 12 <= len(kept) < 40, "it was killed in the middle, twice"
@@ -422,19 +431,15 @@ def test_a_damaged_line_is_named(folder, tmp_path, line, why):
         evaluate_with(*arguments(folder, tmp_path / "out", "limit=2"))
 
 
-def test_two_ranks_give_the_summary_of_one_and_go_on_from_one(folder, whole, tmp_path):
+def test_two_ranks_give_the_summary_of_one_and_go_on_from_one(folder, whole, tmp_path, zygote):
     out = tmp_path / "out"
-    kill_when(
-        launch("evaluate.py", *arguments(folder, out, "max_batch=1")),
-        out / "responses-test-static.rank0.jsonl",
-        7,
-    )
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = launch(*ranks, "evaluate.py", *arguments(folder, out))
-    printed, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors[-5000:]
+    part = out / "responses-test-static.rank0.jsonl"
+    evaluate_and_kill(zygote, arguments(folder, out, "max_batch=1"), part, 7)
+    command = [sys.executable, "evaluate.py", *arguments(folder, out)]
+    done = zygote.torchrun(2, command, cwd=ROOT, env=os.environ | SETTINGS, timeout=180)
+    assert done.returncode == 0, done.stderr[-5000:]
     assert untimed(out) == untimed(whole)
-    assert printed.count("| static | 20 | 2 |") == 1, "only one rank reports"
+    assert done.stdout.count("| static | 20 | 2 |") == 1, "only one rank reports"
     assert not list(out.glob("*.rank*"))
 
 
@@ -453,14 +458,14 @@ def test_responses_have_all_that_a_replay_needs(whole):
 
 
 @pytest.mark.skipif("NANODIRL_BENCHMARKS" not in os.environ, reason="NANODIRL_BENCHMARKS not set")
-def test_math500_is_finished_after_a_kill(folder, tmp_path):
+def test_math500_is_finished_after_a_kill(folder, tmp_path, zygote):
     data = Path(os.environ["NANODIRL_BENCHMARKS"]) / "math500.jsonl"
     if not data.exists():
         pytest.skip("no math500.jsonl in NANODIRL_BENCHMARKS")
     tiny(tmp_path / "model", **SMALL | {"max_position_embeddings": 8192})
     common = [f"model={tmp_path}/model", f"data={data}", "max_tokens=16", "rules=[dynamic]", "threshold=0.2"]
     part = tmp_path / "killed" / "responses-math500-dynamic.rank0.jsonl"
-    kill_when(launch("evaluate.py", *common, f"out={tmp_path}/killed", "max_batch=32"), part, 50)
+    evaluate_and_kill(zygote, [*common, f"out={tmp_path}/killed", "max_batch=32"], part, 50)
     assert part.read_bytes().count(b"\n") < 500
     for out in ("killed", "whole"):
         evaluate_with(*common, f"out={tmp_path}/{out}")
@@ -590,12 +595,10 @@ def test_no_answer_is_shorter_than_asked_for(tiny_model, tokenizer):
 # --------------------------------------------------------------------------------------- no arguments
 
 
-def test_without_arguments_the_demo_is_evaluated_or_asked_for(folder, tmp_path):
+def test_without_arguments_the_demo_is_evaluated_or_asked_for(folder, tmp_path, zygote):
     def run() -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "evaluate.py")]
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=120
-        )
+        return zygote.run(command, cwd=tmp_path, env=os.environ | SETTINGS, timeout=120)
 
     done = run()
     assert done.returncode == 2 and done.stdout == ""

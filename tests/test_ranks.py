@@ -32,39 +32,39 @@ def folder(tmp_path_factory):
     return tiny(place / "tiny", **TINY)
 
 
-def on_ranks(ranks: int, names: str, folder: Path, out: Path) -> dict[str, list[dict]]:
-    """What rank 0 recorded of each case."""
+def on_ranks(zygote, ranks: int, names: str, folder: Path, out: Path) -> dict[str, list[dict]]:
+    """What rank 0 recorded of each case. Without a zygote: torchrun's own processes."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={ranks}"]
     script = Path(rank_worker.__file__)
+    command = [str(script), names, str(folder), str(out)]
     path = os.pathsep.join([str(ROOT), str(script.parent)])
     settings = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     settings["PYTHONFAULTHANDLER"] = "1"  # a crash in C shows where
-    done = subprocess.run(
-        [*command, str(script), names, str(folder), str(out)],
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=HANG_GUARD,
-    )
+    options = {"env": os.environ | settings, "timeout": HANG_GUARD}
+    if zygote:
+        done = zygote.torchrun(ranks, [sys.executable, *command], **options)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [sys.executable, *torchrun, *command], capture_output=True, text=True, **options
+        )
     assert done.returncode == 0, done.stderr[-8000:]
     return {n: torch.load(out / f"{n}.pt", weights_only=False) for n in names.split(",")}
 
 
-def ordinary_cases(ranks: int, folder: Path, out: Path) -> tuple[int, dict[str, list[dict]], Path]:
-    return ranks, on_ranks(ranks, "sft,exact,tokens,lone", folder, out), out
+def ordinary_cases(zygote, ranks: int, folder: Path, out: Path) -> tuple[int, dict[str, list[dict]], Path]:
+    return ranks, on_ranks(zygote, ranks, "sft,exact,tokens,lone", folder, out), out
 
 
 @pytest.fixture(scope="module")
 def two(folder, tmp_path_factory):
-    """(number of ranks, records of all ordinary cases on them, their folder)."""
-    return ordinary_cases(2, folder, tmp_path_factory.mktemp("two"))
+    """(number of ranks, records of all ordinary cases on them, their folder). By torchrun."""
+    return ordinary_cases(None, 2, folder, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
-def four(folder, tmp_path_factory):
-    return ordinary_cases(4, folder, tmp_path_factory.mktemp("four"))
+def four(folder, tmp_path_factory, zygote):
+    return ordinary_cases(zygote, 4, folder, tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(params=["two", "four"])
@@ -105,10 +105,10 @@ def test_sft(folder, many, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_options_that_save_memory_change_nothing(folder, two, tmp_path, ranks):
+def test_options_that_save_memory_change_nothing(folder, two, tmp_path, zygote, ranks):
     """CPU offload, checkpointing and a reduction after every pass; a process alone is sharded as well."""
     wanted = two[1]["sft"]
-    found = on_ranks(ranks, "frugal", folder, tmp_path)["frugal"]
+    found = on_ranks(zygote, ranks, "frugal", folder, tmp_path)["frugal"]
     assert found[0]["sharded"]
     for step in (0, 1):
         assert_same(found[step]["gradients"][0], wanted[step]["gradients"][0], (1e-5, 1e-4)[step])
@@ -169,14 +169,14 @@ def assert_same_step(resumed: dict, first: dict, second: dict) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4)])
-def test_a_checkpoint_resumes_on_more_ranks(folder, two, tmp_path, before, after):
+def test_a_checkpoint_resumes_on_more_ranks(folder, two, tmp_path, zygote, before, after):
     if before == 1:
         first, second = rank_worker.run_sft(folder, tmp_path / "sft")
     else:
         first, second = two[1]["sft"]
         shutil.copytree(two[2] / "sft", tmp_path / "sft", symlinks=True)
     (tmp_path / "sft").rename(tmp_path / "resume")
-    (resumed,) = on_ranks(after, "resume", folder, tmp_path)["resume"]
+    (resumed,) = on_ranks(zygote, after, "resume", folder, tmp_path)["resume"]
     assert resumed["sharded"]
     assert_same_step(resumed, first, second)
 
@@ -204,9 +204,9 @@ def kinds(folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_that_read_their_own_slices_hold_what_from_pretrained_does(kinds, tmp_path, ranks):
+def test_ranks_that_read_their_own_slices_hold_what_from_pretrained_does(kinds, tmp_path, zygote, ranks):
     names = ["load-tied", "load-moe"]
-    records = on_ranks(ranks, ",".join(names), kinds, tmp_path)
+    records = on_ranks(zygote, ranks, ",".join(names), kinds, tmp_path)
     for name in names:
         source = kinds.with_name(name.removeprefix("load-"))
         wanted = rank_worker.run_load(source, tmp_path / "one")
@@ -226,9 +226,9 @@ def test_ranks_that_read_their_own_slices_hold_what_from_pretrained_does(kinds, 
         assert all(torch.equal(again[n], wanted["weights"][n]) for n in wanted["weights"])
 
 
-def test_no_rank_holds_a_full_copy_while_loading(kinds, tmp_path):
+def test_no_rank_holds_a_full_copy_while_loading(kinds, tmp_path, zygote):
     size = sum(f.stat().st_size for f in kinds.with_name("large").glob("*.safetensors"))
-    peaks = on_ranks(4, "load-large", kinds, tmp_path)["load-large"]["peak"]
+    peaks = on_ranks(zygote, 4, "load-large", kinds, tmp_path)["load-large"]["peak"]
     print(f"private memory while loading {size / 2**20:.0f} MiB: {[p // 2**20 for p in peaks]} MiB")
     assert min(peaks) > 0.2 * size, "a rank does hold a quarter, or this measures nothing"
     assert max(peaks) < 0.5 * size

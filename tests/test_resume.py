@@ -2,10 +2,10 @@
 
 The killed runs are processes of their own that get SIGKILL, at moments drawn from a seed: while
 Python is still importing, in the middle of training, and while a checkpoint is being written. The
-latter two are forked from a server that has the imports done, since those would take most of the time.
+latter two, and the last start of a chain, have their imports done (tests/zygote.py), since those would
+take most of the time.
 """
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -55,33 +55,9 @@ def arguments(good: Path, script: str, out: Path, *more: str) -> list[str]:
     return [*paths, *SHARED, *own, *more]
 
 
-def start(good: Path, script: str, out: Path) -> subprocess.Popen:
+def command(good: Path, script: str, out: Path) -> list[str]:
     """The run as a user starts it again after every crash: one and the same command."""
-    command = [sys.executable, f"{script}.py", *arguments(good, script, out, "resume=true")]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | ONE_THREAD,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    stderr = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, stderr
-
-
-@pytest.fixture(scope="module")
-def servers():
-    """A context that forks processes in which sft.py and dipo.py are imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sft", "dipo"])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ONE_THREAD.items():
-            patch.setenv(name, value)
-        yield context
+    return [sys.executable, f"{script}.py", *arguments(good, script, out, "resume=true")]
 
 
 def logged(log: Path) -> list[dict]:
@@ -117,15 +93,19 @@ def wait_until(happened, is_running) -> None:
 
 
 def kill_while_importing(good: Path, script: str, out: Path, rng: random.Random) -> None:
-    process = start(good, script, out)
+    with open(out.with_suffix(".log"), "w") as log:
+        environment = os.environ | ONE_THREAD
+        process = subprocess.Popen(
+            command(good, script, out), cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
     time.sleep(rng.uniform(0.05, 1.0))
     process.kill()
-    process.communicate()
+    process.wait()
     assert process.returncode == -signal.SIGKILL
 
 
 def kill_while_running(
-    servers, good: Path, script: str, out: Path, rng: random.Random, moment: str, length: float
+    zygote, good: Path, script: str, out: Path, rng: random.Random, moment: str, length: float
 ) -> bool:
     """SIGKILL at a random time of a phase, or False if the run ended before.
 
@@ -134,30 +114,45 @@ def kill_while_running(
     """
     config = out / "config.yaml"
     before = config.stat().st_mtime_ns if config.exists() else 0
-    main, config_class = SCRIPTS[script]
-    options = load_config(config_class, arguments(good, script, out, "resume=true"))
-    process = servers.Process(target=main, args=(options,))
-    process.start()
+    with open(out.with_suffix(".log"), "w") as log:
+        environment = os.environ | ONE_THREAD
+        process = zygote.popen(command(good, script, out), cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def is_alive() -> bool:
+        return process.poll() is None
+
     # The config is written anew at each start, just before the model is loaded.
-    wait_until(lambda: config.exists() and config.stat().st_mtime_ns > before, process.is_alive)
+    wait_until(lambda: config.exists() and config.stat().st_mtime_ns > before, is_alive)
     if moment == "training":
         time.sleep(rng.uniform(0, 0.7 * length))
     else:
         for _ in range(rng.randint(0, 2)):  # checkpoints that are let pass
-            wait_until(lambda: any(out.glob("checkpoints/.part-*")), process.is_alive)
-            wait_until(lambda: not any(out.glob("checkpoints/.part-*")), process.is_alive)
-        wait_until(lambda: any(out.glob("checkpoints/.part-*")), process.is_alive)
+            wait_until(lambda: any(out.glob("checkpoints/.part-*")), is_alive)
+            wait_until(lambda: not any(out.glob("checkpoints/.part-*")), is_alive)
+        wait_until(lambda: any(out.glob("checkpoints/.part-*")), is_alive)
         time.sleep(rng.uniform(0, 0.015))
     process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), "the run failed before it was killed"
-    return process.exitcode != 0
+    process.wait()
+    why = f"the run failed before it was killed:\n{out.with_suffix('.log').read_text()}"
+    assert process.returncode in (0, -signal.SIGKILL), why
+    return process.returncode != 0
 
 
-@pytest.mark.parametrize("script", ["sft", "dipo"])
-def test_killed_and_resumed_runs_end_bit_identical(good, tmp_path, servers, script) -> None:
-    reference = tmp_path / "reference"
-    finish(start(good, script, reference))
+@pytest.fixture(scope="module", params=["sft", "dipo"])
+def finished(request, good, tmp_path_factory) -> tuple[str, Path]:
+    """(script, out) of a run that ended; copy `out` before changing it."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    run_here(request.param, good, out)
+    return request.param, out
+
+
+def run_here(script: str, good: Path, out: Path, *more: str) -> None:
+    main, config_class = SCRIPTS[script]
+    main(load_config(config_class, arguments(good, script, out, *more)))
+
+
+def test_killed_and_resumed_runs_end_bit_identical(finished, good, tmp_path, zygote) -> None:
+    script, reference = finished
     ended = (reference / "latest").lstat().st_mtime
     length = ended - (reference / "config.yaml").stat().st_mtime
     assert len(logged(reference / "metrics.jsonl")) == (12 if script == "sft" else 6)
@@ -173,13 +168,14 @@ def test_killed_and_resumed_runs_end_bit_identical(good, tmp_path, servers, scri
         if chain == 1:
             kill_while_importing(good, script, out, rng)
         while moments:
-            if not kill_while_running(servers, good, script, out, rng, moments[-1], length):
+            if not kill_while_running(zygote, good, script, out, rng, moments[-1], length):
                 break
             moments.pop()
             assert_only_complete_checkpoints(out)
             done = sorted(out.glob("checkpoints/step-*"))
             steps.append(int(done[-1].name[-6:]) if done else 0)
-        finish(start(good, script, out))
+        done = zygote.run(command(good, script, out), cwd=ROOT, env=os.environ | ONE_THREAD)
+        assert done.returncode == 0, done.stderr
         assert_only_complete_checkpoints(out)
         assert not list(out.rglob(".part-*")), "a kill's leftovers are still there"
         assert_same_run(out, reference)
@@ -187,19 +183,6 @@ def test_killed_and_resumed_runs_end_bit_identical(good, tmp_path, servers, scri
 
 
 # ------------------------------------------------------- the moments that chance hits too seldom
-
-
-@pytest.fixture(scope="module", params=["sft", "dipo"])
-def finished(request, good, tmp_path_factory) -> tuple[str, Path]:
-    """(script, out) of a run that ended; copy `out` before changing it."""
-    out = tmp_path_factory.mktemp(request.param) / "run"
-    run_here(request.param, good, out)
-    return request.param, out
-
-
-def run_here(script: str, good: Path, out: Path, *more: str) -> None:
-    main, config_class = SCRIPTS[script]
-    main(load_config(config_class, arguments(good, script, out, *more)))
 
 
 def copy(out: Path, tmp_path: Path) -> Path:

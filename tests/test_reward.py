@@ -1,8 +1,8 @@
 """Grading against hand-written cases, and against answers that try to hang or crash it."""
 
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -128,12 +128,22 @@ def pool():
 
 
 def group_lives(pid: int) -> bool:
-    """Whether a worker or the child that compares for it is there; those it leads share its group."""
+    """Whether a worker or the child that compares for it is there; those it leads share its group.
+
+    Who is dead, and no child of this process, is gone, however late init asks for his exit code.
+    """
     try:
         os.killpg(pid, 0)
     except ProcessLookupError:
         return False
-    return True
+    if not os.path.exists("/proc/self/stat"):
+        return True
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it went meanwhile
+            state, parent, group = file.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == pid and (state != "Z" or int(parent) == os.getpid()):
+                return True
+    return False
 
 
 def ends(pid: int) -> bool:
@@ -547,21 +557,3 @@ def test_check_names_the_bad_line(tmp_path, line):
 def test_check_without_a_file():
     done = launch("--check", "/nowhere.jsonl")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "/nowhere.jsonl" in done.stderr
-
-
-def test_the_curves_are_plotted(tmp_path):
-    script = shutil.copy(ROOT / "docs/rewards.py", tmp_path)  # which writes beside itself
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, script], env=environment, timeout=HANG_GUARD, check=True)
-    assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_example_runs_as_a_user_would_run_it():
-    done = subprocess.run(
-        [sys.executable, reward.__file__],
-        capture_output=True,
-        text=True,
-        timeout=HANG_GUARD,
-        check=True,
-    )
-    assert "correct True: accuracy +1.00 speed +1.00, total +2.00" in done.stdout

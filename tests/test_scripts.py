@@ -1,4 +1,7 @@
-"""Every script once, launched as a user would: data, SFT, DiPO, evaluation, and what the others show."""
+"""Every script once: data, SFT, DiPO, evaluation, launched as a user would, and what the others show.
+
+The others, and second launches, have their imports done (tests/zygote.py).
+"""
 
 import importlib
 import json
@@ -39,16 +42,13 @@ REPORTED = EVALUATION | {  # by evaluate.py alone
 EVAL_METRICS = {f"eval/{name}" for name in EVALUATION | {"seconds"}}
 
 
-def launch(*command: str | Path, cwd: Path = ROOT) -> str:
-    """Standard output of `python command...`, started in the repository root."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def launch(*command: str | Path, cwd: Path = ROOT, zygote=None) -> str:
+    """Standard output of `python command...`, started in the repository root; in a fork of the zygote."""
+    line = [sys.executable, *map(str, command)]
+    if zygote:
+        done = zygote.run(line, cwd=cwd, env=ENVIRONMENT)
+    else:
+        done = subprocess.run(line, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stderr}"
     return done.stdout
 
@@ -99,7 +99,7 @@ def test_sft_writes_a_run(sft_run) -> None:
 
 
 @pytest.mark.parametrize("variant", ["tokens", "exact"])
-def test_dipo_goes_on_from_the_sft_run(sft_run, data, tmp_path, variant) -> None:
+def test_dipo_goes_on_from_the_sft_run(sft_run, data, tmp_path, zygote, variant) -> None:
     changes = []
     if variant == "exact":
         changes = ["likelihood=exact", "updates=2", "kl_beta=0.1", "normalize_each=true"]
@@ -107,7 +107,7 @@ def test_dipo_goes_on_from_the_sft_run(sft_run, data, tmp_path, variant) -> None
     launch(
         "dipo.py", f"model={sft_run}/latest", f"data={data}/rl.jsonl", f"out={tmp_path}/run",
         "steps=2", "groups=3", "group_size=4", "max_tokens=16", "threshold=0.01", "lr=1e-3",
-        "rewards.speed=1.0", *changes,
+        "rewards.speed=1.0", *changes, zygote=zygote if variant == "exact" else None,
     )  # fmt: skip
     metrics = records_of(tmp_path / "run" / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2]
@@ -154,23 +154,24 @@ def test_evaluate_writes_summary_responses_and_a_table(sft_run, data, tmp_path) 
     assert summary["static"]["tpf"] == 1.0, "four steps for a block of four"
 
 
-def test_rollout_prints_a_trajectory_with_its_step_map(sft_run) -> None:
-    printed = launch("rollout.py", sft_run / "latest", "3+8?")
+def test_rollout_prints_a_trajectory_with_its_step_map(sft_run, zygote) -> None:
+    printed = launch("rollout.py", sft_run / "latest", "3+8?", zygote=zygote)
     assert re.search(r"^step +1  block +\d+  ", printed, re.MULTILINE)
     step_map = json.loads(re.search(r"^step map: (\[.*\])$", printed, re.MULTILINE)[1])
     assert len(step_map) >= 1 and set(step_map) == set(range(1, max(step_map) + 1))
     assert "tokens per forward" in printed
 
 
-def test_model_writes_a_tiny_checkpoint(tmp_path) -> None:
-    printed = launch("model.py", tmp_path / "tiny")
+def test_model_writes_a_tiny_checkpoint(tmp_path, zygote) -> None:
+    printed = launch("model.py", tmp_path / "tiny", zygote=zygote)
     assert "parameters" in printed and str(tmp_path / "tiny") in printed
     assert (tmp_path / "tiny" / "model.safetensors").exists()
 
 
-def test_reward_grades_its_examples() -> None:
-    printed = launch("reward.py")
+def test_reward_grades_its_examples(zygote) -> None:
+    printed = launch("reward.py", zygote=zygote)
     assert "accuracy +1.00" in printed and "accuracy +0.00" in printed
+    assert "correct True: accuracy +1.00 speed +1.00, total +2.00" in printed
 
 
 # --------------------------------------------------------------------------------- help, and bad input
@@ -190,8 +191,8 @@ def test_help_shows_the_launch_lines_and_what_every_field_means(config_class) ->
 
 
 @pytest.mark.parametrize("script", ["masking", "model", "rollout", "reward"])
-def test_help_of_the_others_is_their_docstring_and_writes_nothing(script, tmp_path) -> None:
-    printed = launch(ROOT / f"{script}.py", "--help", cwd=tmp_path)
+def test_help_of_the_others_is_their_docstring_and_writes_nothing(script, tmp_path, zygote) -> None:
+    printed = launch(ROOT / f"{script}.py", "--help", cwd=tmp_path, zygote=zygote)
     assert importlib.import_module(script).__doc__.strip() in printed
     assert not list(tmp_path.iterdir())
 

@@ -2,10 +2,12 @@
 
 Starting `python sft.py` takes four seconds, of which torch and transformers take nearly all. The forks
 run the same file from its first line to its last, with their own arguments, environment, folder and
-limits; only the modules that the zygote was told of are there already.
+limits; only the modules that the zygote was told of are there already, with `fresh` none but those of
+other packages. What every fork of a zygote shares is the seed of Python's hashes.
 
-    zygote = Zygote(["sft", "dipo"])
+    zygote = Zygote(["sft", "dipo"], fresh=True)
     done = zygote.run([sys.executable, "sft.py", "steps=2"], cwd=ROOT)       # as subprocess.run
+    done = zygote.torchrun(2, [sys.executable, "sft.py", "steps=2"], cwd=ROOT)           # as torchrun
     process = zygote.popen([sys.executable, "-m", "plumbing.lmdeploy_child", ...])    # as Popen
 
 The zygote ends with the process that started it.
@@ -23,6 +25,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,14 +62,20 @@ class Fork:
 
 
 class Zygote:
-    """Forks of a process that has imported some modules."""
+    """Forks of a process that has imported some modules.
 
-    def __init__(self, preload: list[str]):
+    Args:
+        preload: those modules; the forks have them, and all that they imported.
+        fresh: the forks import this repository's modules anew, from the sys.path that Python would have;
+            what was imported from elsewhere is there.
+    """
+
+    def __init__(self, preload: list[str], fresh: bool = False):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), *preload],
+                [sys.executable, __file__, str(theirs.fileno()), "fresh" * fresh, *preload],
                 pass_fds=[theirs.fileno()],
                 env=environment | {"PYTHONPATH": os.pathsep.join(PATHS)},
                 stdin=subprocess.DEVNULL,
@@ -102,20 +112,75 @@ class Zygote:
             ours.settimeout(120)  # the first one waits for the imports
             return Fork(ours, args)
 
-    def run(self, args, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    def run(self, args, timeout: float = 300, env=None, **options) -> subprocess.CompletedProcess:
         """Run to the end; standard output and error are captured as text."""
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            fork = self.popen(args, stdout=out, stderr=err, **options)
-            try:
-                fork.wait(timeout)
-            finally:
+        return self._run(args, [env], timeout, options)
+
+    def torchrun(
+        self, ranks: int, args, timeout: float = 300, env=None, **options
+    ) -> subprocess.CompletedProcess:
+        """The same on several ranks, as torchrun does it: this process is the rendezvous, and a rank that
+        fails ends the others. The return code is that of a rank which failed."""
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": store.host,
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        shared = (os.environ if env is None else env) | shared
+        each = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
+        return self._run(args, each, timeout, options)
+
+    def _run(self, args, environments: list, timeout: float, options) -> subprocess.CompletedProcess:
+        """A fork for each environment."""
+        texts, readers, ends, forks = ["", ""], [], [], []
+
+        def read(i: int, fd: int) -> None:
+            with open(fd, errors="replace") as file:
+                texts[i] = file.read()
+
+        for i in range(2):  # pipes, since a limit on the size of files would hold for files
+            ours, theirs = os.pipe()
+            ends.append(theirs)
+            readers.append(threading.Thread(target=read, args=(i, ours), daemon=True))
+            readers[i].start()
+        late = time.monotonic() + timeout
+        try:
+            for env in environments:
+                forks.append(self.popen(args, env=env, stdout=ends[0], stderr=ends[1], **options))
+            while any([fork.poll() is None for fork in forks]):
+                if time.monotonic() > late or any(fork.returncode for fork in forks):
+                    break
+                time.sleep(0.002)
+        finally:
+            for fork in forks:
                 fork.kill()
-            out.seek(0)
-            err.seek(0)
-            return subprocess.CompletedProcess(args, fork.returncode, out.read(), err.read())
+                fork.wait()
+            for fd in ends:
+                os.close(fd)
+        for reader in readers:
+            reader.join(max(1.0, late - time.monotonic()))
+        if time.monotonic() > late:
+            raise subprocess.TimeoutExpired(args, timeout, *texts)
+        failed = [fork.returncode for fork in forks if fork.returncode]
+        return subprocess.CompletedProcess(args, max(failed, default=0), *texts)
 
 
 # --------------------------------------------------------------------------- inside the zygote
+
+
+def forget() -> None:
+    """Leave only what does not belong to this repository."""
+    sys.path[:] = [folder for folder in sys.path if folder not in PATHS]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name != "__main__" and (str(Path(file).parent) in PATHS or name.startswith("plumbing")):
+            del sys.modules[name]
 
 
 def serve(server: socket.socket) -> None:
@@ -170,6 +235,8 @@ def become(request_fd: int, out: int, err: int, passed: list[int]) -> None:
     for folder in reversed(request["env"].get("PYTHONPATH", "").split(os.pathsep)):
         if folder and folder not in sys.path:
             sys.path.insert(0, folder)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # torch's is a constant, Python seeds its own after a fork
     code = 1
     try:
         if program == "-m":
@@ -205,6 +272,9 @@ def finish(code: int) -> None:
 if __name__ == "__main__":
     channel = socket.socket(fileno=int(sys.argv[1]))
     sys.path[:0] = PATHS
-    for name in sys.argv[2:]:
+    for name in sys.argv[3:]:
         importlib.import_module(name)
+    if sys.argv[2] == "fresh":
+        forget()
     serve(channel)
+    os._exit(0)  # at once: taking torch apart would take a second
