@@ -149,7 +149,7 @@ def normal_form(text: str) -> str:
     return text.strip()
 
 
-_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
+_DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"  # one way to match only: `\d+\.?\d*` made NUMBER cubic on long digits
 NUMBER = re.compile(
     rf"([+-]?)(?:({_DECIMAL})|(?:(\d+) ?)?\\frac\{{([+-]?{_DECIMAL})\}}\{{([+-]?{_DECIMAL})\}}"
     rf"|(?:(\d+) )?({_DECIMAL})/({_DECIMAL}))"

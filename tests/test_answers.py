@@ -6,6 +6,8 @@ data/download.py puts them, or in the folder named by NANODIRL_BENCHMARKS.
 
 import os
 import random
+import subprocess
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -304,6 +306,29 @@ HOSTILE = [
     "%" * 500, "°" * 500, "5" + r"\text{cm}" * 200, "1,"*900, r"\cup" * 300, "1e999999999", "0x" + "f" * 500,
 ]  # fmt: skip
 HANG_GUARD = 300.0  # seconds for all of them
+
+
+LONG_DIGITS = r"""
+import resource
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+from plumbing.answers import quick_verdict
+ones = "1" * 660
+for answer in (ones + "/" + ones * 2 + "x", ones + " " + ones + "/" + ones + "x", "1." * 900,
+               "\\frac{" + ones + "}{" + ones + "x", ones * 3):
+    verdict = quick_verdict(answer, "3", None)
+    assert verdict is None or not verdict.equal
+"""
+
+
+def test_long_digits_take_no_time_in_this_process():
+    """quick_verdict runs in the trainer. The first of these took a minute; the kernel ends it after 10 s."""
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_DIGITS],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_hostile_answer_is_wrong_and_decided():
