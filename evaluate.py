@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plumbing.common import InputError, run_script
-from plumbing.config import EngineName, Rule, check_file, read_arguments, setting
+from plumbing.config import EngineName, Rule, check_file, check_model, read_arguments, setting
 from plumbing.report import BENCHMARKS
 
 BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."
@@ -93,6 +93,7 @@ class EvalConfig:
             what = f"the demo's checkpoint {self.model} on {self.data}"
             raise InputError(f"without arguments {what} is evaluated; it is not there: run `make demo` first")
         benchmark_files(self.data)
+        check_model(self.model)
 
 
 def benchmark_files(data: Any) -> dict[str, Path]:

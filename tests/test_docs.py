@@ -94,6 +94,7 @@ def test_the_published_configs_load_and_name_files_that_download_makes(stage, tm
     name = yaml.safe_load(Path(path[1]).read_text())["data"]
     assert Path(name).stem in download.DATASETS
     Path("data/hub").mkdir(parents=True)
+    Path("runs/sdar_8b_sft/latest").mkdir(parents=True)
     Path(name).write_text("{}\n")
     config = load_config(config_class, path)
     assert (config.batch_size, config.lr) == (512, 1e-5) if stage == "sft" else config.groups == 128
@@ -122,7 +123,8 @@ def test_commands_of_the_readme_have_arguments_that_their_programs_take(command,
     for name in [*made, "runs/demo/data/test.jsonl"]:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("{}\n")
-    Path("runs/demo/dipo/latest").mkdir(parents=True)
+    for run in ("demo/dipo", "sdar_8b_sft", "sdar_8b_dipo"):
+        Path("runs", run, "latest").mkdir(parents=True)
     presets = PROTOCOLS if script == "evaluate.py" else None
     load_config(SCRIPTS[script], arguments, presets)
 

@@ -176,7 +176,8 @@ def files_are_there(tmp_path, monkeypatch):
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text('{"question": "1+1?", "answer": "2"}\n')
-    Path("runs/demo/dipo/latest").mkdir(parents=True)
+    for run in ("demo/dipo", "sdar_8b_dipo"):
+        Path("runs", run, "latest").mkdir(parents=True)
 
 
 def test_a_protocol_sets_fields_and_anything_explicit_wins(tmp_path, files_are_there):

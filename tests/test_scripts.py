@@ -244,6 +244,15 @@ def test_a_missing_data_file_comes_with_how_to_make_it(config_class) -> None:
         load_config(config_class, ["data=nowhere.jsonl"])
 
 
+@pytest.mark.parametrize("config_class", [SFTConfig, DiPOConfig, evaluate.EvalConfig])
+def test_a_missing_checkpoint_is_refused_with_the_config(config_class) -> None:
+    """So before anything heavy is imported; what looks like a name of the hub has to wait."""
+    data = f"data={__file__}"
+    with pytest.raises(InputError, match="no/such/folder: no such checkpoint folder"):
+        load_config(config_class, ["model=no/such/folder", data])
+    assert load_config(config_class, ["model=JetLM/SDAR-8B-Chat", data]).model == "JetLM/SDAR-8B-Chat"
+
+
 # ----------------------------------------------------------------------------------- question files
 
 
