@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plumbing.common import InputError, run_script
-from plumbing.config import EngineName, Rule, check_file, check_model, read_arguments, setting
+from plumbing.common import InputError, check_model, run_script
+from plumbing.config import EngineName, Rule, check_file, read_arguments, setting
 from plumbing.report import BENCHMARKS
 
 BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from plumbing.common import InputError, first_line, writing
+from plumbing.common import InputError, check_model, first_line, writing
 from plumbing.lora import base_parameters, delta_weight
 
 MODEL_TYPES = ("sdar", "sdar_moe")
@@ -32,10 +32,9 @@ MODEL_TYPES = ("sdar", "sdar_moe")
 def find_folder(name: str | Path) -> Path:
     """The local folder of a checkpoint: a path, or a Hugging Face model id (fetched once)."""
     name = str(name)
+    check_model(name)
     if Path(name).exists():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise InputError(f"{name}: no such checkpoint folder")
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]

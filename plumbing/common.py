@@ -131,6 +131,13 @@ def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str,
     return records
 
 
+def check_model(name: str) -> None:
+    """Refuse a checkpoint that is neither a folder nor named as the hub names models, OWNER/NAME."""
+    like_the_hub = name.count("/") == 1 and not name.startswith((".", "/"))
+    if not like_the_hub and not Path(name).exists():
+        raise InputError(f"{name}: no such checkpoint folder")
+
+
 # --------------------------------------------------------------------------- clock and order
 
 

@@ -274,10 +274,3 @@ def check_file(path: str, otherwise: str = "") -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such data file" + (f": {otherwise}" if otherwise else ""))
-
-
-def check_model(name: str) -> None:
-    """Refuse a checkpoint that is neither a folder nor named as the hub names models, OWNER/NAME."""
-    like_the_hub = name.count("/") == 1 and not name.startswith((".", "/"))
-    if name != "tiny" and not like_the_hub and not Path(name).exists():
-        raise InputError(f"{name}: no such checkpoint folder")
