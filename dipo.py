@@ -42,7 +42,9 @@ class DiPOConfig(TrainConfig):
     groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
     group_size: int = setting(16, "rollouts per question (G)", at_least=2)
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
-    rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out")
+    rewards: dict[str, float] = setting(
+        {"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out", at_least=None
+    )
     log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl")
 
     advantage_std: bool = setting(True, "divide by the group's standard deviation", heading="Objective")

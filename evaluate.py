@@ -285,7 +285,7 @@ def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Quest
     run["weights"] = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     run["questions"] = {}
     for name, questions in benchmarks.items():
-        text = json.dumps([dataclasses.astuple(question) for question in questions])
+        text = json.dumps([(q.text, q.gold, q.tolerance) for q in questions])
         run["questions"][name] = hashlib.sha256(text.encode()).hexdigest()
 
     in_use = any(f.stat().st_size for f in out.glob("responses-*.jsonl"))

@@ -39,6 +39,7 @@ class Question:
     text: str
     gold: str
     tolerance: float | None = None  # how far a number may be from the gold one, absolutely
+    where: str = ""  # file and line
 
 
 def read_questions(path: str) -> list[Question]:
@@ -59,7 +60,7 @@ def read_questions(path: str) -> list[Question]:
             tolerance = float(str(record["error"]).strip(",").split(",")[0]) if record.get("error") else None
         except (TypeError, ValueError):
             raise InputError(f"{where}: `error` is {record['error']!r}, expected a tolerance") from None
-        questions.append(Question(text, gold, tolerance))
+        questions.append(Question(text, gold, tolerance, where))
     return questions
 
 

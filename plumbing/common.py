@@ -1,4 +1,4 @@
-"""What every script needs: errors of the user, files read and written, the clock, the order of data.
+"""What every script needs: how it ends and what it shows, files read and written, clock, order of data.
 
 Nothing here imports torch, so that a bad argument is answered before anything heavy is loaded.
 """
@@ -6,57 +6,187 @@ Nothing here imports torch, so that a bad argument is answered before anything h
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
 ROOT = Path(__file__).resolve().parents[1]  # of the repository: subprocesses start here
 
 
-# ----------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------ what a person sees
+
+
+def printable(text: str) -> str:
+    """A text that others wrote (files, models, libraries) without what moves or rewrites a terminal.
+
+    Control characters, also those that turn the direction of writing, become escapes as in Python.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def tell(message: str) -> None:
+    """Print one line to standard error, above open progress bars."""
+    tqdm.write(printable(" ".join(message.split())), file=sys.stderr)
+
+
+class progress(tqdm):  # noqa: N801, it stands where tqdm would
+    """tqdm on a terminal. In a pipe or a file: a plain line now and then, and one at the end."""
+
+    line_seconds = 30.0  # between the plain lines of a bar
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self._plain = not sys.stderr.isatty()
+        self._next_line = time.monotonic() + self.line_seconds
+        super().__init__(*arguments, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Show the bar as it is now."""
+        if not self._plain:
+            super().display(msg, pos)
+        elif time.monotonic() > self._next_line:
+            self._line()
+
+    def _line(self) -> None:
+        self._next_line = time.monotonic() + self.line_seconds
+        bar = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}, {rate_fmt}{postfix}"
+        shown = self.format_meter(**self.format_dict | {"ncols": 0, "bar_format": bar})
+        print(shown, file=sys.stderr, flush=True)
+
+    def clear(self, *arguments: Any, **options: Any) -> None:
+        """Take the bar away, so that a line can be printed."""
+        if not self._plain:
+            super().clear(*arguments, **options)
+
+    def close(self) -> None:
+        """End the bar; one with leave=False goes without a trace."""
+        if self._plain and not self.disable:
+            if self.leave and self.n:
+                self._line()
+            self.disable = True
+            self._decr_instances(self)
+        else:
+            super().close()
+
+
+# ----------------------------------------------------------------------------- how a process ends
+
+PATIENCE = 10.0  # seconds that a rank waits for another one to say the same
+AT_END: list[Callable[[], None]] = []  # what ends the processes that this one started
+_waiting: list[int] = []  # the pipe by which signals arrive, once there is one
 
 
 class InputError(ValueError):
     """Bad input from the user. Scripts print it as one line and exit with code 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def fail(message: str) -> None:
-    """Print an error in one line, above open progress bars, and exit with code 2."""
-    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Print an error in one line and exit with code 2.
+
+    Of several ranks on a machine the first one speaks: its exit ends the others while they wait. If it
+    does not, the error is theirs alone, and they speak.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
+    tell(f"error: {message}")
+    _end_children()
+    if _world() > 1:  # leaving the process group in order needs the others, who do not know yet
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 
 def run_script(main: Callable[..., None], *arguments: Any) -> None:
-    """Call main; bad input and a full disk end in one line and exit code 2. Ends the process group."""
-    if "transformers" in sys.modules:
-        from transformers.utils.logging import disable_progress_bar
+    """Call main; bad input, a full disk and a lost rank end in one line and exit code 2.
 
-        disable_progress_bar()  # it would show one for every file that is read
+    Ctrl-C and SIGTERM do in one line too, see `end_on_signals`. Ends the process group.
+    """
+    if main.__module__ == "__main__":
+        end_on_signals()
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # its report on a checkpoint would precede our one line
+        logging.disable_progress_bar()  # it would show one for every file that is read
     try:
         main(*arguments)
     except InputError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if _world() == 1 or not _is_lost_rank(error):
+            raise
+        time.sleep(PATIENCE)  # the launcher ends this rank too, and then the line is another one
+        fail(f"another rank has ended ({first_line(error)})")
     finally:
-        dist = sys.modules.get("torch.distributed")
-        if dist and dist.is_initialized():
-            dist.destroy_process_group()
+        _end_children()
+        if "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized():
+            sys.modules["torch.distributed"].destroy_process_group()
+
+
+def end_on_signals(last_words: Callable[[], str] = lambda: "") -> None:
+    """From now on Ctrl-C and SIGTERM end this process at once, in one line, with exit code 130 or 143.
+
+    A thread does that, since Python's own handlers wait until the main thread leaves C code, for example a
+    collective call that another rank never joins. Nothing is lost: a run's files are right at any moment.
+
+    Args:
+        last_words: what the line says after `interrupted`: how to go on.
+    """
+    if _waiting:
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    _waiting.extend((reading, writing))
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: None)
+
+    def wait() -> None:
+        number = 0
+        while number not in (signal.SIGINT, signal.SIGTERM):
+            number = os.read(reading, 1)[0]
+        _end_children()
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"interrupted ({signal.Signals(number).name}){last_words()}")
+        sys.stdout.flush()
+        os._exit(128 + number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_children() -> None:
+    while AT_END:
+        AT_END.pop()()
+
+
+def _world() -> int:
+    dist = sys.modules.get("torch.distributed")
+    return dist.get_world_size() if dist and dist.is_initialized() else 1
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Whether the process group says that one of its members does not answer any more."""
+    text = f"{type(error).__name__} {error}".lower()
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "distnetwork")
+    return any(sign in text for sign in signs)
 
 
 # ------------------------------------------------------------------------------------ files

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -38,14 +39,17 @@ def setting(
     at_least: float | None = 0,
     above: float | None = None,
     below: float | None = None,
+    may_change: bool = False,
 ) -> Any:
     """A field of a config.
 
     Args:
         heading: `--help` begins a group of fields with this one.
         at_least, above, below: bounds of a number, or of every number of a list; None: none.
+        may_change: another value does not change what a run computes, so it is no other run when resumed.
     """
     metadata = {"meaning": meaning, "heading": heading, "at_least": at_least, "above": above, "below": below}
+    metadata["may_change"] = may_change
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -120,10 +124,10 @@ def load_config(
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse numbers outside the bounds of their field.
+    """Refuse numbers that are none (nan, inf), or outside the bounds of their field.
 
     Raises:
-        InputError: one is; nan is outside of all.
+        InputError: naming the field.
     """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -133,13 +137,19 @@ def check_bounds(config: Any) -> None:
             expected = f"more than {above}" if below is None else f"between {above} and {below}"
         elif below is not None:
             expected = f"{expected}, and less than {below}"
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                continue
+        for number in numbers_in(value):
+            if not math.isfinite(number):
+                raise InputError(f"config key {f.name}: {value}, expected a finite number")
             right = low is None or number >= low
             right = right and (above is None or number > above) and (below is None or number < below)
             if not right:
                 raise InputError(f"config key {f.name}: {value}, expected {expected}")
+
+
+def numbers_in(value: Any) -> list[float]:
+    """The numbers of a field: itself, or those of a list or a dict."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
 
 
 # ---------------------------------------------------------------------------- documentation
