@@ -29,15 +29,17 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import reward
-from plumbing.common import InputError, check_model, run_script
-from plumbing.config import Rule, TrainConfig, check_file, read_arguments, setting
+from plumbing.common import InputError, run_script
+from plumbing.config import Rule, TrainConfig, check_sources, read_arguments, setting
 
 
 @dataclass
 class DiPOConfig(TrainConfig):
     """Fields of dipo.py."""
 
-    out: str = setting("runs/dipo", "the run directory: config, metrics, checkpoints, rollouts")
+    out: str = setting(
+        "runs/dipo", "the run directory: config, metrics, checkpoints, rollouts", may_change=True
+    )
     data: str = setting("data/generated/rl.jsonl", "question file", heading="Questions and groups")
     groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
     group_size: int = setting(16, "rollouts per question (G)", at_least=2)
@@ -45,7 +47,7 @@ class DiPOConfig(TrainConfig):
     rewards: dict[str, float] = setting(
         {"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out", at_least=None
     )
-    log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl")
+    log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl", may_change=True)
 
     advantage_std: bool = setting(True, "divide by the group's standard deviation", heading="Objective")
     normalize_each: bool = setting(False, "normalise every reward separately before they are added")
@@ -55,6 +57,11 @@ class DiPOConfig(TrainConfig):
     clip_high: float = setting(0.28, "no gradient from ratios above 1 + clip_high if it is positive")
     kl_beta: float = setting(0.0, "weight of the KL to the reference, the initial model; 0: none is loaded")
     updates: int = setting(1, "optimizer updates per batch of rollouts", above=0)
+    gap_limit: dict[str, float] = setting(
+        {"float32": 0.01, "bfloat16": 0.2},
+        "engine and trainer further apart (metric gap_capped): not trained on; 0: off",
+        may_change=True,
+    )
 
     rule: Rule = setting("dynamic", "decoding rule", heading="Decoding of the rollouts")
     threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal")
@@ -71,9 +78,9 @@ class DiPOConfig(TrainConfig):
             reward.check_names(self.rewards)
         except ValueError as error:
             raise InputError(f"config key rewards: {error}") from error
-        check_file(self.data, "python data/tiny.py makes data/generated, python data/download.py data/hub")
-        if self.model != "tiny":
-            check_model(self.model)
+        if unknown := self.gap_limit.keys() - {"float32", "bfloat16"}:
+            raise InputError(f"config key gap_limit: {min(unknown)}, expected float32 or bfloat16")
+        check_sources(self)
 
 
 if __name__ == "__main__":  # a bad argument is answered before the imports below, which take seconds
@@ -84,13 +91,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
-from evaluate import evaluate_now
+from evaluate import evaluate_now, questions_to_evaluate
 from masking import HOLD, Packed, pack, replay
 from model import choose_block_size, load_for_training
 from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
-from plumbing.common import DataOrder, Stopwatch
+from plumbing.common import DataOrder, Stopwatch, progress
+from plumbing.guard import Guard, noted
+from plumbing.lengths import fitting_questions
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
 from reward import Graded, Question, grade, read_questions
@@ -254,7 +262,7 @@ def sample_groups(
 
     # This rank's engine generates them.
     how, quiet = Decoding.from_config(config), rank_and_world()[0] > 0
-    with tqdm(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
+    with progress(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
         rollouts = generate_all(
             engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy)
         )
@@ -332,19 +340,22 @@ def action_weight(
     return 1 / (trajectory_tokens * config.group_size * all_groups)
 
 
-def engine_gap(logprobs: torch.Tensor, engine_logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
+def engine_gap(
+    logprobs: torch.Tensor, engine_logprobs: torch.Tensor, held: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Sums and maximum of |trainer - engine| log-probability over reveals, and its k3-KL.
 
     Both scored the same tokens in the same states, so in float32 it is rounding (< 1e-4). It grows
-    if mask, positions, cache, step map, temperature or a stale weight disagree.
+    if mask, positions, cache, step map, temperature or a stale weight disagree. The guard looks at the
+    mean of the capped one, to which a single token, however far off, adds 1 at most.
     """
-    revealed = engine_logprobs.isfinite()  # nan where held
-    ours, theirs = logprobs[revealed], engine_logprobs[revealed]
+    ours, theirs = logprobs[~held], engine_logprobs[~held]
     gap = (ours - theirs).abs()
     return {
         "gap": gap.sum(),
+        "gap_capped": gap.clamp(max=1.0).sum(),
         "gap_kl": k3(theirs, ours).sum(),
-        "reveals": revealed.sum(),
+        "reveals": (~held).sum(),
         "gap_max": gap.max().item() if len(gap) else 0.0,
     }
 
@@ -417,7 +428,7 @@ def accumulate_gradients(
         with the first update, before the policy moves, also train_tokens and those of engine_gap.
     """
     (rank, world), how, stats = rank_and_world(), Decoding.from_config(config), []
-    bar = tqdm(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
+    bar = progress(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
     for row in micro_batches(policy, rows, config.reduce_once):  # gradients are reduced after the last one
         # Every action of the row under the policy now, in one pass.
         packed = row.packed
@@ -430,11 +441,13 @@ def accumulate_gradients(
         (loss * world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
 
         # Sums for metrics.jsonl.
+        held = packed.targets == HOLD
         sums |= {"loss": loss.detach(), "entropy": scores.entropy.sum()}
-        sums |= {"actions": len(packed.scored), "holds": (packed.targets == HOLD).sum()}
+        sums |= {"actions": len(packed.scored), "holds": held.sum()}
         if first_update:
-            sums |= {"train_tokens": len(packed)} | engine_gap(now, packed.engine_logprobs)
+            sums |= {"train_tokens": len(packed)} | engine_gap(now, packed.engine_logprobs, held)
         stats.append({name: float(value) for name, value in sums.items()})
+        noted(stats[-1]["loss"], f"loss of row {len(stats)} of {len(rows)} on rank {rank}")
         bar.update()
     bar.close()
     return stats
@@ -458,6 +471,7 @@ def training_metrics(stats: list[dict[str, float]], config: DiPOConfig) -> dict[
         "hold_fraction": sums["holds"] / sums["actions"],
         "gap_mean": sums["gap"] / sums["reveals"],
         "gap_max": gap_max,
+        "gap_capped": sums["gap_capped"] / sums["reveals"],
         "gap_kl": sums["gap_kl"] / sums["reveals"],
         "train_tokens": int(sums["train_tokens"]),
     }
@@ -494,13 +508,19 @@ def main(config: DiPOConfig) -> None:
     optimizer = make_optimizer(policy, config)
     folder.restore(policy, optimizer)
 
-    # The engine of this rank, and the order of the questions, which goes on where a resumed run stopped.
+    # The engine of this rank, and what watches over it and over the numbers.
     engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
+    guard = Guard(config, engine.dtype)
+
+    # The questions, and their order, which goes on where a resumed run stopped.
+    questions = fitting_questions(
+        questions, tokenizer, config.prompt, config.max_tokens, engine, config.too_long
+    )
     order = DataOrder(len(questions), config.seed, folder.cursor)
     if config.eval_every:
-        eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
+        eval_questions = questions_to_evaluate(config, tokenizer, engine)
 
-    bar = tqdm(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
+    bar = progress(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):
         # Roll out and grade, until enough groups have a spread of rewards; their advantages come with them.
         watch = Stopwatch()
@@ -522,15 +542,17 @@ def main(config: DiPOConfig) -> None:
             for update in range(config.updates):
                 # The policy gradient of all rows: forward and backward, summed over the ranks.
                 stats += accumulate_gradients(policy, rows, config, first_update=update == 0)
+                metrics |= training_metrics(stats, config)
 
-                # One optimizer step.
+                # One optimizer step, if all numbers are in order.
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
                 updates_done = (step - 1) * config.updates + update
+                metrics["grad_norm"] = gathered(norm).item()
                 metrics["lr"] = lr_at(config, updates_done, config.steps * config.updates)
-                set_lr(optimizer, metrics["lr"])
-                optimizer.step()
+                if guard.allows(step, metrics):
+                    set_lr(optimizer, metrics["lr"])
+                    optimizer.step()
                 optimizer.zero_grad()
-            metrics |= training_metrics(stats, config) | {"grad_norm": gathered(norm).item()}
 
         # The engine gets the new weights, in place.
         with watch("update_weights"):
@@ -551,6 +573,7 @@ def main(config: DiPOConfig) -> None:
             folder.save(step, order.cursor, policy, optimizer)
     bar.close()
     engine.close()
+    folder.close()
 
 
 if __name__ == "__main__":

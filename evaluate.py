@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from plumbing.common import InputError, check_model, run_script
 from plumbing.config import EngineName, Rule, check_file, read_arguments, setting
@@ -129,11 +129,10 @@ import time
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from plumbing import report
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
-from plumbing.common import read_records, write_json, writing
+from plumbing.common import progress, read_records, write_json, writing
+from plumbing.lengths import fitting_questions
 from plumbing.ranks import gather, rank_and_world, start_distributed
 from plumbing.report import Results
 from plumbing.run_folder import claim
@@ -189,7 +188,7 @@ def respond(
                 seeds.append(sample_seed)
 
     # Generate those.
-    bar = tqdm(initial=len(rollouts), total=len(asked), desc=title, unit="response", disable=rank > 0)
+    bar = progress(initial=len(rollouts), total=len(asked), desc=title, unit="response", disable=rank > 0)
 
     def ended(rollout: Rollout) -> None:
         bar.update()
@@ -208,6 +207,15 @@ def respond(
     # Bring the ranks' shares together: of 2 ranks the first has questions 0 2 4, the second 1 3 5.
     shares = gather(by_question)
     return [shares[i % world][i // world] for i in range(len(questions))]
+
+
+def questions_to_evaluate(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, engine: Engine
+) -> list[Question]:
+    """The questions of config.eval_data for `evaluate_now`."""
+    questions = read_questions(config.eval_data)[: config.eval_limit or None]
+    rest = (config.eval_max_tokens, engine, config.too_long)
+    return fitting_questions(questions, tokenizer, config.prompt, *rest)
 
 
 def evaluate_now(
@@ -271,8 +279,10 @@ def majority_is_right(group: list[Graded]) -> bool:
 KEPT = ("response_ids", "steps", "num_tokens", "finish_reason", "seed")  # of a rollout
 
 
-def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Question]]) -> None:
-    """Write to out/config.json all settings that decide the responses.
+def claim_folder(
+    out: Path, model: Path, config: EvalConfig, benchmarks: dict[str, list[Question]]
+) -> IO[str] | None:
+    """Lock out, and write to out/config.json all settings that decide the responses.
 
     Raises:
         InputError: out holds responses of other settings. (Those of the same ones are gone on with.)
@@ -280,8 +290,8 @@ def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Quest
     # The config, the weights, and the questions.
     irrelevant = ("out", "max_batch", "cache_gib")
     run = {name: value for name, value in dataclasses.asdict(config).items() if name not in irrelevant}
-    run["model"] = str(find_folder(config.model).resolve())
-    files = sorted(Path(run["model"]).glob("model*.safetensors"))
+    run["model"] = str(model)
+    files = sorted(model.glob("model*.safetensors"))
     run["weights"] = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
     run["questions"] = {}
     for name, questions in benchmarks.items():
@@ -289,7 +299,7 @@ def claim_folder(out: Path, config: EvalConfig, benchmarks: dict[str, list[Quest
         run["questions"][name] = hashlib.sha256(text.encode()).hexdigest()
 
     in_use = any(f.stat().st_size for f in out.glob("responses-*.jsonl"))
-    claim(out, run, in_use)
+    return claim(out, run, in_use)
 
 
 def read_kept(out: Path, name: str) -> dict[int, dict[str, Any]]:
@@ -418,10 +428,13 @@ def main(config: EvalConfig) -> None:
     benchmarks = {}
     for name, path in benchmark_files(config.data).items():
         benchmarks[name] = read_questions(str(path))[: config.limit or None]
-    tokenizer, diffusion = load_tokenizer(config.model), is_block_diffusion(find_folder(config.model))
-    named, out = decodings(config, tokenizer, diffusion), Path(config.out)
-    claim_folder(out, config, benchmarks)
-    engine = make_engine(config.model, tokenizer, config.block_size, config, out / f"engine-rank{rank}.log")
+    folder, out = find_folder(config.model).resolve(), Path(config.out)  # once: `latest` may move on
+    tokenizer = load_tokenizer(folder)
+    named = decodings(config, tokenizer, is_block_diffusion(folder))
+    lock = claim_folder(out, folder, config, benchmarks)
+    engine = make_engine(folder, tokenizer, config.block_size, config, out / f"engine-rank{rank}.log")
+    for name, questions in benchmarks.items():
+        benchmarks[name] = fitting_questions(questions, tokenizer, config.prompt, config.max_tokens, engine)
 
     # Every benchmark under every decoding.
     results: Results = {label: {} for label in named}
@@ -432,6 +445,7 @@ def main(config: EvalConfig) -> None:
     engine.close()
     if rank == 0:
         write_report(config, results)
+        lock.close()
 
 
 def name_protocol(config: EvalConfig) -> str:

@@ -27,13 +27,12 @@ defines these rules (pytorch/strategies/dllm/unmasking.py). Source: SDAR (2510.0
 from __future__ import annotations
 
 import argparse
-import sys
+import math
 from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from tqdm import tqdm
 
 from masking import Trajectory
 from model import BlockCache, Sampling, choose_block_size, load, sampling_logprobs
@@ -46,7 +45,7 @@ from plumbing.checkpoint import (
     read_config,
     stop_ids,
 )
-from plumbing.common import InputError, run_script
+from plumbing.common import InputError, run_script, tell
 from plumbing.config import Parser
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.ranks import gather, rank_and_world
@@ -100,6 +99,11 @@ class Rollout(Trajectory):
     def tokens_per_forward(self) -> float:
         """TPF of the trajectory."""
         return len(self.response_ids) / self.num_steps
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether its probabilities are numbers; those of an engine with damaged weights are not."""
+        return all(map(math.isfinite, self.logprobs))
 
     @property
     def shown_ids(self) -> list[int]:
@@ -171,6 +175,8 @@ class Engine(Protocol):
     """What dipo.py and evaluate.py need of a rollout engine."""
 
     block_size: int
+    positions: int  # longest prompt and response together
+    dtype: str  # of its computation
 
     def generate(
         self,
@@ -211,23 +217,37 @@ def generate_all(
 ) -> list[Rollout]:
     """Generate; if the engine of some rank lost its weights on the way, send them again and go on.
 
+    Rollouts whose probabilities are no numbers are made again too, once: sound weights give sound ones.
     Every rank must call this, since gathering the weights is a collective call.
 
     Args:
+        done: sees every rollout as it ends that is sound.
         weights: the trainer's weights now; None: the checkpoint's, which no engine can lose.
+
+    Raises:
+        InputError: there are such rollouts again, or no weights to send.
     """
     rollouts: list[Rollout | None] = [None] * len(prompts)
     todo = range(len(prompts))
+    unsound_before = False
     while True:
         # What this rank still lacks.
-        new = engine.generate([prompts[i] for i in todo], [seeds[i] for i in todo], how, done)
+        new = engine.generate(
+            [prompts[i] for i in todo], [seeds[i] for i in todo], how, lambda r: r.is_sound and done(r)
+        )
         for i, rollout in zip(todo, new, strict=True):
-            rollouts[i] = rollout
+            rollouts[i] = rollout if rollout is not None and rollout.is_sound else None
+        unsound = any(rollout is not None and not rollout.is_sound for rollout in new)
         todo = [i for i in todo if rollouts[i] is None]
 
         # Until no rank lacks any.
         if not any(gather(bool(todo))):
             return rollouts
+        if any(gather(unsound)):
+            if weights is None or unsound_before:
+                raise InputError("the probabilities in the rollout engine are nan: its weights are damaged")
+            tell("the probabilities in the rollout engine are nan: sending the weights again")
+            unsound_before = True
         engine.update_weights(weights())
         engine.wake()
 
@@ -265,6 +285,8 @@ class TorchEngine:
     ):
         self.model = model.eval().requires_grad_(False)
         self.block_size, self.mask_id = block_size, mask_id
+        self.positions = model.config.max_position_embeddings
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.max_batch = max_batch
         self._device = model.device
@@ -311,7 +333,7 @@ class TorchEngine:
         """
         if not prompts:
             return []
-        room = needed_positions(prompts, how, self.block_size, self.model.config.max_position_embeddings)
+        room = needed_positions(prompts, how, self.block_size, self.positions)
 
         # Continuous batching: a slot that comes free is taken by the next request.
         batch = _Batch(self, min(self.max_batch, len(prompts)), room, how)
@@ -514,7 +536,7 @@ class LMDeployEngine(LMDeployProcess):
         rollouts: list[Rollout | None] = [None] * len(prompts)
         if not prompts:
             return rollouts
-        needed_positions(prompts, how, self.block_size, self.config["max_position_embeddings"])
+        needed_positions(prompts, how, self.block_size, self.positions)
         for i, record in self.records(prompts, seeds, how):
             rollouts[i] = end_rollout(prompts[i], seeds[i], record, how.max_tokens, self.stop_ids)
             done(rollouts[i])
@@ -540,7 +562,7 @@ def make_engine(
     if name == "auto":
         name = "torch" if lmdeploy_problem() else "lmdeploy"
     if rank_and_world()[0] == 0:
-        tqdm.write(f"engine: {name}", file=sys.stderr)
+        tell(f"engine: {name}")
 
     # The embedded one, or the subprocess, which also serves autoregressive models (no blocks).
     mask_id, stops = tokenizer.mask_token_id, stop_ids(tokenizer)

@@ -18,15 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from plumbing.common import InputError, check_model, run_script
-from plumbing.config import TrainConfig, check_file, read_arguments, setting
+from plumbing.common import InputError, run_script
+from plumbing.config import TrainConfig, check_sources, read_arguments, setting
 
 
 @dataclass
 class SFTConfig(TrainConfig):
     """Fields of sft.py."""
 
-    out: str = setting("runs/sft", "the run directory: config, metrics, checkpoints")
+    out: str = setting("runs/sft", "the run directory: config, metrics, checkpoints", may_change=True)
     data: str = setting("data/generated/sft.jsonl", "training file", heading="Data and noise")
     batch_size: int = setting(64, "sequences per optimizer step, over all ranks", above=0)
     max_tokens: int = setting(1024, "longest sequence, prompt included", above=0)
@@ -40,9 +40,7 @@ class SFTConfig(TrainConfig):
         super().check()
         if self.complementary and self.views % 2:
             raise InputError(f"config key views: {self.views}, expected an even number of them")
-        check_file(self.data, "python data/tiny.py makes data/generated, python data/download.py data/hub")
-        if self.model != "tiny":
-            check_model(self.model)
+        check_sources(self)
 
 
 if __name__ == "__main__":  # a bad argument is answered before the imports below, which take seconds
@@ -52,17 +50,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from evaluate import evaluate_now
+from evaluate import evaluate_now, questions_to_evaluate
 from masking import Packed, noise, pack
 from model import BlockDiffusion, Sampling, choose_block_size, load_for_training
 from plumbing.balance import plan_ranks
 from plumbing.checkpoint import gathered, load_tokenizer, named_weights, prompt_and_response, stop_ids
-from plumbing.common import DataOrder, Stopwatch, read_records
+from plumbing.common import DataOrder, Stopwatch, progress, read_records
+from plumbing.guard import Guard, noted
+from plumbing.lengths import fitting
 from plumbing.ranks import micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
-from reward import read_questions
 from rollout import make_engine
 
 if TYPE_CHECKING:
@@ -78,18 +76,22 @@ class Example:
 
     ids: list[int]
     prompt_tokens: int
+    where: str = ""  # file and line
 
 
 def read_examples(
-    path: str, tokenizer: PreTrainedTokenizerFast, block_size: int, max_tokens: int
+    path: str, tokenizer: PreTrainedTokenizerFast, block_size: int, max_tokens: int, too_long: str = "error"
 ) -> list[Example]:
     """Encode a training file (formats: data/README.md), each sequence filled up to whole blocks.
+
+    Args:
+        too_long: what to do about sequences of more than max_tokens: `error`, or `leave_out`.
 
     Raises:
         InputError: a record of another format, without a response, or longer than max_tokens.
     """
     examples, stops = [], set(stop_ids(tokenizer))
-    for where, record in tqdm(read_records(path), desc="encode", unit="record"):
+    for where, record in progress(read_records(path), desc="encode", unit="record", leave=False):
         prompt, response = prompt_and_response(where, record, tokenizer)
         prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         ids = prompt_ids + tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -98,10 +100,9 @@ def read_examples(
         if ids[-1] not in stops:
             ids.append(tokenizer.eos_token_id)
         ids += [tokenizer.pad_token_id] * (-len(ids) % block_size)
-        if len(ids) > max_tokens:
-            raise InputError(f"{where}: {len(ids)} tokens, but config key max_tokens is {max_tokens}")
-        examples.append(Example(ids, len(prompt_ids)))
-    return examples
+        examples.append(Example(ids, len(prompt_ids), where))
+    lengths = [len(example.ids) for example in examples]
+    return fitting(examples, lengths, max_tokens, "by config key max_tokens or the model", too_long)
 
 
 # -------------------------------------------------------------------------------- the loss
@@ -147,12 +148,13 @@ def accumulate_gradients(
 
     # Forward and backward, row by row.
     sums = {"loss": 0.0, "entropy": 0.0, "scored": 0.0, "train_tokens": 0.0}
-    for packed in micro_batches(model, rows, config.reduce_once):
+    for packed, row in zip(micro_batches(model, rows, config.reduce_once), plan[rank], strict=True):
         packed = packed.to(device)
         scores = model.score(packed, Sampling())
         loss = sft_loss(scores.logprobs, packed, response_tokens)
         (loss * world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
-        sums["loss"] += loss.item()
+        records = ", ".join(batch[i][1].where for i in row)
+        sums["loss"] += noted(loss.item(), f"loss of a row of {records}")
         sums["entropy"] += scores.entropy.sum().item()
         sums["scored"] += len(packed.scored)
         sums["train_tokens"] += len(packed)
@@ -178,16 +180,18 @@ def main(config: SFTConfig) -> None:
     block_size, mask_id = choose_block_size(config.block_size, model.config), tokenizer.mask_token_id
     optimizer = make_optimizer(model, config)
     folder.restore(model, optimizer)
-    examples = read_examples(config.data, tokenizer, block_size, config.max_tokens)
+    longest = min(config.max_tokens, model.config.max_position_embeddings)
+    examples = read_examples(config.data, tokenizer, block_size, longest, config.too_long)
     order = DataOrder(len(examples), config.seed, folder.cursor)
 
     # An engine generates for the evaluation; it sleeps until then.
     if config.eval_every:
-        questions = read_questions(config.eval_data)[: config.eval_limit or None]
         engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
+        questions = questions_to_evaluate(config, tokenizer, engine)
         engine.sleep()
 
-    bar = tqdm(total=config.steps, initial=folder.step, desc="sft", unit="step", disable=rank > 0)
+    guard = Guard(config)  # over loss and gradient
+    bar = progress(total=config.steps, initial=folder.step, desc="sft", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):
         watch = Stopwatch()
         with watch("train"):
@@ -195,12 +199,13 @@ def main(config: SFTConfig) -> None:
             batch = [(number, examples[index]) for number, index in order.take(config.batch_size)]
             metrics = accumulate_gradients(model, batch, config, block_size, mask_id, device)
 
-            # One optimizer step.
+            # One optimizer step, if all numbers are in order.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             metrics["grad_norm"] = gathered(norm).item()
             metrics["lr"] = lr_at(config, step - 1, config.steps)
-            set_lr(optimizer, metrics["lr"])
-            optimizer.step()
+            if guard.allows(step, metrics):
+                set_lr(optimizer, metrics["lr"])
+                optimizer.step()
             optimizer.zero_grad()
 
         # The engine gets the new weights, generates, and sleeps again.
@@ -222,6 +227,7 @@ def main(config: SFTConfig) -> None:
     bar.close()
     if config.eval_every:
         engine.close()
+    folder.close()
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from plumbing.common import InputError, check_model, first_line, writing
 from plumbing.lora import base_parameters, delta_weight
-
-MODEL_TYPES = ("sdar", "sdar_moe")
-
+from plumbing.model_config import MODEL_TYPES, read_config_json
 
 # --------------------------------------------------------------------------------- reading
 
@@ -59,6 +57,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
             config=config,
             dtype=dtype,
             attn_implementation="sdar",
+            trust_remote_code=False,  # if it is not said, transformers asks on the terminal
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # refused below, by name
             output_loading_info=True,
@@ -69,6 +68,8 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
         if report[problem]:
             name = min(k if isinstance(k, str) else k[0] for k in report[problem])
             raise InputError(f"{folder}: {problem.removesuffix('_keys')} tensor {name}")
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter, folder)
     return model.to(device)
 
 
@@ -76,17 +77,32 @@ def read_config(folder: Path) -> Any:
     """The transformers config of a checkpoint folder with weights.
 
     Raises:
-        InputError: no config, not an SDAR model, no weights.
+        InputError: no config or a damaged one, not an SDAR model, no weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}/config.json: not a model config ({first_line(error)})") from error
-    if config.model_type not in MODEL_TYPES:
-        raise InputError(f"{folder}/config.json: model_type is {config.model_type}, expected sdar")
+    model_type = read_config_json(folder)["model_type"]
+    if model_type not in MODEL_TYPES:
+        raise InputError(f"{folder}/config.json: model_type is {model_type}, expected sdar")
+    config = _transformers_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{folder}: no weights, expected model.safetensors")
     return config
+
+
+def _transformers_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # its checks raise many kinds
+        raise InputError(f"{folder}/config.json: not a model config ({first_line(error)})") from error
+
+
+def check_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
+    """Refuse a weight with nan or infinity in it, read from a checkpoint's folder or on its way there.
+
+    Raises:
+        InputError: naming folder and tensor.
+    """
+    if not tensor.isfinite().all():
+        raise InputError(f"{folder}: tensor {name} has values that are nan or infinite")
 
 
 class TensorFiles:
@@ -171,7 +187,9 @@ def on_meta(name: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
     folder = find_folder(name)
     config = read_config(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdar")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdar", trust_remote_code=False
+        )
     model.tie_weights()
     files = TensorFiles(folder, "model")
     wanted = {}
@@ -199,11 +217,13 @@ def fill(model: torch.nn.Module, name: str | Path, device: torch.device | str, w
     model.tie_weights()
     rotary = model.model.rotary_emb  # the only one with buffers, which no file has
     model.model.rotary_emb = type(rotary)(model.config).to(device)
-    files = TensorFiles(find_folder(name), "model")
+    folder = find_folder(name)
+    files = TensorFiles(folder, "model")
     for parameter_name, parameter in model.named_parameters():
         for published, view, first in as_published(parameter_name, *own_slice(parameter)):
             if len(view):
                 view.copy_(files.slice(published, first, first + len(view)))
+                check_finite(published, view, folder)
 
 
 # ------------------------------------------------------------------------------ tokenizers
@@ -211,31 +231,80 @@ def fill(model: torch.nn.Module, name: str | Path, device: torch.device | str, w
 
 def is_block_diffusion(folder: Path) -> bool:
     """Whether a checkpoint is an SDAR model; if not, it is an autoregressive baseline for LMDeploy."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return config["model_type"] in MODEL_TYPES
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/config.json: not a model config ({first_line(error)})") from error
+    return read_config_json(folder)["model_type"] in MODEL_TYPES
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint, checked for what its model needs.
 
     Raises:
-        InputError: no tokenizer, no mask token, no chat template.
+        InputError: no tokenizer, or one without the special tokens or a chat template; a token that the
+            model does not know.
     """
     folder = find_folder(name)
+    config = read_config_json(folder)
+    diffusion = config["model_type"] in MODEL_TYPES
+    if diffusion:  # else errors of the config would look like the tokenizer's
+        _transformers_config(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary = tokenizer.get_vocab()
     except Exception as error:
-        raise InputError(f"{folder}: cannot read the tokenizer ({first_line(error)})") from error
+        reason = first_line(error)
+        if "trust_remote_code" in reason:  # transformers advises to allow it
+            reason = "it is defined by code in that folder, which is never run"
+        raise InputError(f"{folder}: cannot read the tokenizer ({reason})") from error
+
+    # Special tokens: the end of a turn, and what only block diffusion needs.
     if tokenizer.mask_token_id is None:
-        tokenizer.mask_token = "<|MASK|>" if "<|MASK|>" in tokenizer.get_vocab() else None
-    if tokenizer.mask_token_id is None and is_block_diffusion(folder):
-        raise InputError(f"{folder}: the tokenizer has no mask token, expected <|MASK|>")
+        tokenizer.mask_token = "<|MASK|>" if "<|MASK|>" in vocabulary else None
+    needed = {"eos": "<|im_end|>"}
+    if diffusion:
+        needed |= {"mask": "<|MASK|>", "pad": "<|endoftext|>"}
+    for kind, expected in needed.items():
+        if getattr(tokenizer, f"{kind}_token_id") is None:
+            raise InputError(f"{folder}: the tokenizer has no {kind} token, expected one such as {expected}")
+        token = getattr(tokenizer, f"{kind}_token")
+        if _is_made_up(token, folder):
+            raise InputError(f"{folder}: the {kind} token {token} is not in the tokenizer's vocabulary")
+
+    # Every token has a row in the model's embedding.
+    size = config.get("vocab_size")
+    last = max(vocabulary, key=vocabulary.get)
+    if isinstance(size, int) and vocabulary[last] >= size:
+        raise InputError(
+            f"{folder}: the tokenizer's token {last!r} is number {vocabulary[last]}, and vocab_size in "
+            f"config.json is {size}"
+        )
+    _check_template(tokenizer, folder)
+    return tokenizer
+
+
+def _is_made_up(token: str, folder: Path) -> bool:
+    """Whether a special token is none of tokenizer.json: transformers then adds it behind the last one."""
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    text = ""
+    for name in ("tokenizer.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            text += (folder / name).read_text(encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    text += json.dumps(settings.get("added_tokens_decoder", {}))
+    return json.dumps(token) not in text and json.dumps(token, ensure_ascii=False) not in text
+
+
+def _check_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Refuse a chat template that is missing, wrong, or leaves the question out."""
     if not tokenizer.chat_template:
         raise InputError(f"{folder}: the tokenizer has no chat template")
-    return tokenizer
+    turn, text = "3+8?", ""
+    try:
+        chat = [{"role": "user", "content": turn}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # whatever the template's language raises
+        raise InputError(f"{folder}: the chat template fails ({first_line(error)})") from error
+    if turn not in text:
+        raise InputError(f"{folder}: the chat template leaves out what the user says")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -335,28 +404,22 @@ def write_tensors(file: Path, tensors: dict[str, torch.Tensor], key: str, value:
             os.fsync(handle.fileno())
 
 
-def save(
-    model: torch.nn.Module,
-    folder: Path,
-    source: Path,
-    rank: int = 0,
-    ranks: int = 1,
-    file_bytes: int = 4 * 2**30,
-) -> None:
-    """Write a Hugging Face folder that loads wherever `source` does; call on every rank.
+def read_copied(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint that the next one takes over byte for byte: all except weights and state.
 
-    The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
-    in a round: no rank holds more than one at once. Everything else (config.json, tokenizer, chat
-    template, published modelling code) is copied from `source` byte for byte, so that no version of
-    transformers rewrites it.
+    That is config.json, tokenizer, chat template, published modelling code; so no version of transformers
+    rewrites them.
     """
-    # Read what is copied first: `source` may be `folder`.
-    kept = (".json", ".txt", ".jinja", ".py")
-    files = [f for f in source.iterdir() if f.suffix in kept and "safetensors" not in f.name]
-    contents = {file.name: file.read_bytes() for file in files}
-    folder.mkdir(parents=True, exist_ok=True)
+    kept, ours = (".json", ".txt", ".jinja", ".py"), ("state.json",)
+    wanted = [f for f in folder.iterdir() if f.suffix in kept and "safetensors" not in f.name]
+    files = [f for f in wanted if f.is_file() and f.name not in ours]  # no folders, no links to nowhere
+    return {file.name: file.read_bytes() for file in files}
 
-    # Cut the parameters into files.
+
+def cut_into_files(
+    model: torch.nn.Module, file_bytes: int
+) -> tuple[list[list[tuple[str, torch.Tensor]]], list[str]]:
+    """The (name, parameter) pairs of each file of about `file_bytes`, and the names of the files."""
     parts, used = [], file_bytes
     for name, parameter in base_parameters(model):
         if used + parameter.nbytes > file_bytes:
@@ -365,32 +428,67 @@ def save(
         parts[-1].append((name, parameter))
         used += parameter.nbytes
     names = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-    names = names if len(parts) > 1 else ["model.safetensors"]
+    return parts, names if len(parts) > 1 else ["model.safetensors"]
 
+
+def save(
+    model: torch.nn.Module,
+    folder: Path,
+    copied: dict[str, bytes],
+    rank: int = 0,
+    ranks: int = 1,
+    file_bytes: int = 4 * 2**30,
+) -> str:
+    """Write a Hugging Face folder; call on every rank.
+
+    The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
+    in a round: no rank holds more than one at once.
+
+    Args:
+        copied: further files, as `read_copied` has them: with them it loads wherever their checkpoint does.
+
+    Returns:
+        Why a file could not be written on this rank, or nothing. (It goes on with the others, since
+        gathering the weights takes every rank.)
+
+    Raises:
+        InputError: a weight is nan or infinite, on every rank alike.
+    """
     # Round by round: all ranks gather every tensor, each keeps and writes those of its own file.
-    weight_map = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    parts, names = cut_into_files(model, file_bytes)
+    weight_map, problem = {}, ""
     for start in range(0, len(parts), ranks):
         mine: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts[start : start + ranks]):
             for name, parameter in part:
                 tensor = _gathered_weight(model, name, parameter)
+                check_finite(name, tensor, folder)
                 for published, view, _ in as_published(name, tensor):
                     weight_map[published] = names[start + number]
                     if number == rank:
                         mine[published] = view.to("cpu", copy=True).contiguous()
-        if mine:
-            write_tensors(folder / names[start + rank], mine, "format", "pt")
+        try:
+            if mine and not problem:
+                write_tensors(folder / names[start + rank], mine, "format", "pt")
+        except InputError as error:
+            problem = str(error)
     if rank:
-        return
+        return problem
 
     # The index of several files, and the copies.
+    contents = dict(copied)
     if len(parts) > 1:
         total = {"total_size": sum(p.nbytes for p in model.parameters())}
         index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True)
         contents["model.safetensors.index.json"] = (index + "\n").encode()
-    for name, content in contents.items():
-        with writing(folder / name):
-            (folder / name).write_bytes(content)
+    try:
+        for name, content in contents.items():
+            with writing(folder / name):
+                (folder / name).write_bytes(content)
+    except InputError as error:
+        problem = problem or str(error)
+    return problem
 
 
 # ---------------------------------------------------------------------------- a tiny model
@@ -468,6 +566,8 @@ def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
     # The weights.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    save(model, folder, folder)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    if problem := save(model, folder, read_copied(folder)):
+        raise InputError(problem)
     return folder

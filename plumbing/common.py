@@ -5,6 +5,7 @@ Nothing here imports torch, so that a bad argument is answered before anything h
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -91,8 +92,11 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an error's message, or its kind if it has none. A missing key alone says little."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, KeyError):
+        return f"unknown name {error}"
+    return lines[0] if lines else type(error).__name__
 
 
 def fail(message: str) -> None:
@@ -208,6 +212,27 @@ def write_json(path: Path, content: Any) -> None:
     with writing(part):
         part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(path)
+
+
+def lock(folder: Path) -> IO[str]:
+    """Make a folder and take it for this process: until the file that is returned is closed, or it ends.
+
+    Raises:
+        InputError: another process has it, or it cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder / ".lock"):
+        file = open(folder / ".lock", "w")  # noqa: SIM115, it stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{folder}: another run is writing there; wait for it, or give another out"
+        ) from None
+    except OSError as error:  # some network disks have no locks
+        tell(f"{folder}: cannot lock it ({error.strerror}): start no second run there")
+    return file
 
 
 def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str, dict[str, Any]]]:

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plumbing.common import InputError, fail
+from plumbing.common import InputError, check_model, end_on_signals, fail
 
 Config = TypeVar("Config")
 Rule = Literal["dynamic", "static", "sequential"]  # how positions are chosen: rollout.reveal
@@ -66,9 +66,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_arguments(config_class: type[Config], presets: Mapping[str, dict[str, Any]] | None = None) -> Config:
-    """`load_config` of this process's arguments; a bad one ends in one line and exit code 2."""
+    """`load_config` of this process's arguments; a bad one ends in one line and exit code 2.
+
+    From now on Ctrl-C and SIGTERM end the script in one line too.
+    """
+    known: list[Config] = []
+    if config_class.__module__ == "__main__":
+        end_on_signals(lambda: how_to_go_on(known[0]) if known else "")
     try:
-        return load_config(config_class, sys.argv[1:], presets)
+        known.append(load_config(config_class, sys.argv[1:], presets))
+        return known[0]
     except InputError as error:
         fail(str(error))
 
@@ -215,13 +222,19 @@ class TrainConfig:
     model: str = setting(
         "tiny", "checkpoint folder or hub id; tiny: a small random one is made in the run", heading="Run"
     )
-    out: str = setting("runs/train", "the run directory: config, metrics, checkpoints")
-    resume: bool = setting(False, "go on from the newest complete checkpoint in out")
+    out: str = setting("runs/train", "the run directory: config, metrics, checkpoints", may_change=True)
+    resume: Any = setting(
+        False,
+        "true: go on from the newest checkpoint in out; force: even if it is another run",
+        may_change=True,
+    )
     seed: int = setting(0, "of the data order, the noise and the rollouts")
     block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
     prompt: str = setting("{question}", "the user's turn; {question} is replaced")
 
-    steps: int = setting(100, "optimizer steps (SFT) or rollout batches (DiPO)", above=0, heading="Optimizer")
+    steps: int = setting(
+        100, "optimizer steps (SFT) or rollout batches (DiPO)", above=0, heading="Optimizer", may_change=True
+    )
     lr: float = setting(1e-5, "peak learning rate", above=0)
     schedule: Literal["constant", "cosine"] = setting("constant", "learning rate after the warmup")
     warmup_steps: int = setting(0, "optimizer updates of linear warmup")
@@ -229,38 +242,53 @@ class TrainConfig:
     adam_beta2: float = setting(0.95, "AdamW: decay of the second moment", below=1)
     weight_decay: float = setting(0.0, "AdamW: decay of the weights")
     max_grad_norm: float = setting(1.0, "the gradient's norm is clipped to this", above=0)
+    max_skipped: int = setting(
+        3, "so many steps in a row without a finite loss and gradient end the run", above=0, may_change=True
+    )
+    too_long: Literal["error", "leave_out"] = setting(
+        "error", "what to do about records of the data that are longer than max_tokens or the model allow"
+    )
 
     dtype: Literal["float32", "bfloat16"] = setting(
         "float32", "of the computation; weights stay float32", heading="Memory and speed"
     )
-    token_budget: int = setting(16384, "packed tokens per forward pass and rank", above=0)
+    token_budget: int = setting(16384, "packed tokens per forward pass and rank", above=0, may_change=True)
     reduce_once: bool = setting(
-        True, "sum gradients over ranks once per update; every rank holds them whole till then"
+        True,
+        "sum gradients over ranks once per update; every rank holds them whole till then",
+        may_change=True,
     )
     checkpointing: Literal["none", "selective", "full"] = setting(
-        "none", "activations that are computed twice instead of kept"
+        "none", "activations that are computed twice instead of kept", may_change=True
     )
-    compile: bool = setting(False, "torch.compile of every decoder layer")
+    compile: bool = setting(False, "torch.compile of every decoder layer", may_change=True)
     lora_rank: int = setting(0, "train adapters of this rank only, in one process (peft); 0: all weights")
-    cpu_offload: bool = setting(False, "weights, gradients and moments wait in the host's memory")
+    cpu_offload: bool = setting(
+        False, "weights, gradients and moments wait in the host's memory", may_change=True
+    )
 
     save_every: int = setting(
-        0, "steps between checkpoints; 0: only the last", heading="Checkpoints and logs"
+        0, "steps between checkpoints; 0: only the last", heading="Checkpoints and logs", may_change=True
     )
-    keep_checkpoints: int = setting(2, "how many stay on disk", above=0)
-    wandb: str = setting("", "project to log to as well, if wandb is installed")
+    keep_checkpoints: int = setting(2, "how many stay on disk", above=0, may_change=True)
+    wandb: str = setting("", "project to log to as well, if wandb is installed", may_change=True)
 
     eval_data: str = setting(
-        "", "question file evaluated while training; empty: none", heading="Evaluation while training"
+        "",
+        "question file evaluated while training; empty: none",
+        heading="Evaluation while training",
+        may_change=True,
     )
-    eval_every: int = setting(0, "steps between evaluations; 0: never")
-    eval_limit: int = setting(0, "only the first so many questions; 0: all")
-    eval_max_tokens: int = setting(64, "new tokens per response")
-    eval_threshold: float = setting(0.9, "of the dynamic, greedy decoding")
+    eval_every: int = setting(0, "steps between evaluations; 0: never", may_change=True)
+    eval_limit: int = setting(0, "only the first so many questions; 0: all", may_change=True)
+    eval_max_tokens: int = setting(64, "new tokens per response", may_change=True)
+    eval_threshold: float = setting(0.9, "of the dynamic, greedy decoding", may_change=True)
 
     engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
-    max_batch: int = setting(256, "responses that the engine generates at once", above=0)
-    cache_gib: float = setting(0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory")
+    max_batch: int = setting(256, "responses that the engine generates at once", above=0, may_change=True)
+    cache_gib: float = setting(
+        0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory", may_change=True
+    )
 
     def check(self) -> None:
         """Refuse what only several fields together can get wrong.
@@ -274,6 +302,30 @@ class TrainConfig:
             raise InputError("config key eval_data: expected a question file, since eval_every is set")
         if self.eval_every:
             check_file(self.eval_data)
+        if self.resume not in (True, False, "force"):
+            raise InputError(f"config key resume: {self.resume}, expected true, false or force")
+
+
+def check_sources(config: TrainConfig) -> None:
+    """Refuse a data file or a checkpoint folder that is not there; a resumed run has a checkpoint of its own.
+
+    Raises:
+        InputError: naming it.
+    """
+    check_file(config.data, "python data/tiny.py makes data/generated, python data/download.py data/hub")
+    if config.model != "tiny" and not config.resume:
+        check_model(config.model)
+
+
+def how_to_go_on(config: Any) -> str:
+    """What the last line of an interrupted run says: what is there, and how to go on."""
+    if not hasattr(config, "out"):
+        return ""
+    if not hasattr(config, "resume"):
+        return f": {config.out} has all that was done; the same command goes on from there"
+    steps = [folder.name for folder in Path(config.out).glob("checkpoints/step-*")]
+    newest = max(steps, key=lambda name: (len(name), name), default="no checkpoint")
+    return f": {config.out} has {newest}; the same command with resume=true goes on from there"
 
 
 def check_file(path: str, otherwise: str = "") -> None:

@@ -19,6 +19,7 @@ Left out on purpose: tensor parallelism (needs ray), prefix caching (stale after
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import itertools
 import mmap
@@ -316,9 +317,8 @@ class Server:
         if self.block_size:
             record = RECORDER.finished.pop(session, None)
         else:  # an autoregressive model: a token per forward, nothing to replay
-            unknown = [float("nan")] * len(ids)
             record = {"response_ids": ids, "steps": list(range(1, len(ids) + 1))}
-            record |= {"logprobs": unknown, "hold_bounds": unknown}
+            record |= {"logprobs": [], "hold_bounds": []}
         if record is None or status not in (ResponseType.SUCCESS, ResponseType.FINISH):
             raise RuntimeError(f"lmdeploy ended a request of {len(prompt)} tokens with {status}")
         self.conn.send(("rollout", index, record))
@@ -399,7 +399,28 @@ def serve(conn: Connection, weights_fd: int) -> None:
     asyncio.run(answer())
 
 
+class Forgiving:
+    """A stream that loses what it cannot write: a full disk under the log is no reason to end."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if there is room."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     socket_fd, memory_fd = map(int, sys.argv[1:])
     try:
         serve(Connection(socket_fd), memory_fd)

@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from plumbing.checkpoint import TensorFiles, as_published, check_weights, find_folder
-from plumbing.common import ROOT, InputError
+from plumbing.common import AT_END, ROOT, InputError, tell, writing
 
 LMDEPLOY_VERSION = "0.18.0"  # lmdeploy_child.py replaces private methods of this version
+MESSAGES = {"done": 2, "alive": 2, "rollout": 3, "error": 2}  # what it says, and in how many parts
+READ_SECONDS = 60  # for the rest of a message that has begun
 BUCKET_BYTES = 2**30  # weights travel to the subprocess in pieces of this size
 
 
@@ -102,6 +104,7 @@ class LMDeployProcess:
         self.stop_ids, self.dtype = stop_ids, dtype
         self.log = Path(log)
         self.config = json.loads((self.checkpoint / "config.json").read_text())
+        self.positions = self.config["max_position_embeddings"]
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._settings = {
             "checkpoint": str(self.checkpoint.absolute()),
@@ -122,6 +125,7 @@ class LMDeployProcess:
         self._own_weights = False  # the weights are no longer the checkpoint's
         self._lost = False  # and the subprocess does not have them
         self._asleep: set[str] = set()
+        AT_END.append(self._kill)
         try:
             self._start()
         except _ChildDied as reason:
@@ -133,7 +137,7 @@ class LMDeployProcess:
         return {
             "dtype": self.dtype,
             "max_batch_size": max_batch,
-            "session_len": self.config["max_position_embeddings"],
+            "session_len": self.positions,
             "block_size": page,
             "num_gpu_blocks": self._cache_bytes(cache_gib) // (page * self._bytes_per_token()),
             "cudagraph_capture_batch_sizes": _batch_sizes(max_batch),
@@ -151,9 +155,12 @@ class LMDeployProcess:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", READ_SECONDS, 0))
         self._connection = Connection(ours.detach())
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with theirs, open(self.log, "ab") as log:
+        with writing(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            log = open(self.log, "ab")  # noqa: SIM115, closed below
+        with theirs, log:
             self._process = self.launch(
                 [sys.executable, "-m", "plumbing.lmdeploy_child", str(theirs.fileno()), str(self._memory)],
                 cwd=ROOT,
@@ -169,8 +176,9 @@ class LMDeployProcess:
         self._receive(self.start_seconds)
 
     def _give_up(self, reason: str) -> None:
-        tail = self.log.read_text(errors="replace").splitlines()[-15:]
-        tqdm.write("\n".join(["", f"last lines of {self.log}:", *tail]), file=sys.stderr)
+        tell(f"last lines of {self.log}:")
+        for line in self.log.read_text(errors="replace").splitlines()[-15:]:
+            tell(f"  {line}")
         raise InputError(f"{reason}; its log is {self.log}")
 
     def _kill(self) -> None:
@@ -179,6 +187,13 @@ class LMDeployProcess:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def _end(self) -> str:
+        """How the subprocess ended, whose connection broke."""
+        try:
+            return f"exit code {self._process.wait(timeout=5)}"
+        except subprocess.TimeoutExpired:
+            return "it does not speak any more"
 
     def _receive(self, seconds: float) -> tuple:
         """The child's next message.
@@ -190,9 +205,13 @@ class LMDeployProcess:
         try:
             message = self._connection.recv() if self._connection.poll(seconds) else None
         except (OSError, EOFError):
-            raise _ChildDied(f"exit code {self._process.wait()}") from None
+            raise _ChildDied(self._end()) from None
+        except Exception as error:  # whatever unpickling garbage raises
+            raise _ChildDied(f"its message is garbled ({type(error).__name__})") from None
         if message is None:
             raise _ChildDied(f"no sign of life for {seconds:.0f} s")
+        if not isinstance(message, tuple) or len(message) != MESSAGES.get(message[0] if message else ""):
+            raise _ChildDied("its message is garbled")
         if message[0] == "error":
             self._kill()
             raise RuntimeError(f"in the rollout process:\n{message[1]}")
@@ -209,7 +228,7 @@ class LMDeployProcess:
         try:
             self._connection.send(message)
         except OSError:
-            raise _ChildDied(f"exit code {self._process.wait()}") from None
+            raise _ChildDied(self._end()) from None
 
     def _died(self, reason: Exception) -> None:
         """Note a death; the third in a row ends the run."""
@@ -217,7 +236,7 @@ class LMDeployProcess:
         self._deaths += 1
         if self._deaths >= 3:
             self._give_up(f"the rollout process died {self._deaths} times in a row, the last time: {reason}")
-        tqdm.write(f"the rollout process died ({reason}): starting it again", file=sys.stderr)
+        tell(f"the rollout process died ({reason}): starting it again")
 
     def records(
         self, prompts: list[list[int]], seeds: list[int], how: Any
@@ -317,6 +336,8 @@ class LMDeployProcess:
         if self._process is not None:
             self._kill()
             os.close(self._memory)
+        if self._kill in AT_END:
+            AT_END.remove(self._kill)
 
 
 class _Bucket:

@@ -1,5 +1,6 @@
 """The run directory of a training script, and the optimizer whose state lies in it.
 
+    run.json               what run this is: script, model, data, all fields; to resume only the same one
     config.yaml            the config as it was given last
     metrics.jsonl          a line per step
     rollouts.jsonl         some rollouts of each step (dipo.py)
@@ -17,18 +18,22 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from omegaconf import OmegaConf
 
-from plumbing.checkpoint import TensorFiles, find_folder, own_slice, save, tiny, write_tensors
-from plumbing.common import InputError, write_json, writing
+from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny, write_tensors
+from plumbing.common import InputError, lock, tell, write_json, writing
 from plumbing.config import TrainConfig
-from plumbing.ranks import barrier, rank_and_world
+from plumbing.identity import differences, identity, read_identity, shortened_logs
+from plumbing.ranks import barrier, gather, rank_and_world
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
@@ -39,7 +44,7 @@ class RunFolder:
 
     Attributes:
         path: the directory.
-        initial: the checkpoint that the run began with.
+        initial: the checkpoint that the run began with, links resolved.
         weights: the checkpoint with the weights to go on with: the newest of the run, or `initial`.
         base: the one that the trained model is loaded from: `weights`, except with LoRA, whose adapters
             have a file of their own beside the weights that they changed.
@@ -47,48 +52,76 @@ class RunFolder:
         step, cursor: the last step done, and how many items of the data were taken by then.
     """
 
+    retry_seconds = 2.0  # before a checkpoint that could not be written is tried again
+
     def __init__(self, config: TrainConfig):
         """Prepare the directory.
 
         Raises:
-            InputError: it holds a run that shall not be resumed, or a checkpoint without state.json.
+            InputError: it is in use, or holds a run that shall not be resumed, or another run than the
+                config's, or a checkpoint without state.json.
         """
         self.config, self.path = config, Path(config.out)
         self.rank, self.world = rank_and_world()
+        self._lock = lock(self.path) if self.rank == 0 else None
         self._checkpoint = self._open()
         self.initial = self._initial_model()
         self.weights = self._checkpoint or self.initial
         self.base = self.initial if config.lora_rank else self.weights
+        if not self.base.is_dir() or (getattr(config, "kl_beta", 0) and not self.initial.is_dir()):
+            raise InputError(f"{self.initial}: the run in {self.path} began with it, and it is gone")
         self.engine_log = self.path / f"engine-rank{self.rank}.log"
         self._wandb = self._start_wandb()
+        self._copied = read_copied(self.weights)  # now, since the folder may go away
+        self._unwritten: dict[str, str] = {}  # by log: lines that wait for room on the disk
+        self._unsaved = ""  # why the newest checkpoint is not in its place, and where it is
 
     def _open(self) -> Path | None:
         """The newest complete checkpoint if there is one to resume."""
-        done = self._checkpoints()
-        if not self.config.resume and (done or (self.path / "metrics.jsonl").exists()):
+        # What lies there, and whether it is this run's.
+        done = checkpoints(self.path)
+        resume = self.config.resume
+        if not resume and (done or (self.path / "metrics.jsonl").exists()):
             raise InputError(f"{self.path} already holds a run: give resume=true or another out")
         newest = done[-1] if done else None
         state = read_state(newest) if newest else {"step": 0, "cursor": 0, "log_bytes": {}}
         self.step, self.cursor = state["step"], state["cursor"]
+        before = read_identity(self.path) if resume else None
+        if newest and before is None and resume != "force":
+            raise InputError(f"{self.path}: no run.json that says what run this is; resume=force goes on")
+        self._identity = identity(self.config, before)
+        changes = differences(before, self._identity, type(self.config)) if before else []
+        changes += shortened_logs(self.path, state["log_bytes"])
+        if changes and resume != "force":
+            raise InputError(f"{self.path} holds another run: {'; '.join(changes)} (resume=force goes on)")
+
+        # Take it over: note what it is, and cut off what was done after the checkpoint.
         barrier()
         if self.rank == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if changes:
+                tell(f"{self.path}: resume=force although {'; '.join(changes)}")
+                self._identity["forced"] += [{"step": self.step, "changes": changes}]
+            if changes or not before:
+                write_json(self.path / "run.json", self._identity)
             with writing(self.path / "config.yaml"):
                 OmegaConf.save(OmegaConf.structured(self.config), self.path / "config.yaml")
-            for log in LOGS:  # what was logged after the checkpoint is done again
+            for log in LOGS:
                 if (self.path / log).exists():
-                    os.truncate(self.path / log, state["log_bytes"].get(log, 0))
+                    size = (self.path / log).stat().st_size
+                    os.truncate(self.path / log, min(size, state["log_bytes"].get(log, 0)))
             for leftover in (self.path / "checkpoints").glob(".part-*"):
                 shutil.rmtree(leftover)
             if newest:
                 self._link_latest(newest)
                 self._drop_old_checkpoints()  # a kill may have come between the newest and this
+            elif not before and (self.path / "tiny").exists():
+                shutil.rmtree(self.path / "tiny")  # of another run, which never saved
         barrier()
         return newest
 
     def _initial_model(self) -> Path:
         if self.config.model != "tiny":
-            return find_folder(self.config.model)
+            return Path(self._identity["model"]["folder"])
         folder = self.path / "tiny"
         if self.rank == 0 and not folder.exists():
             part = self.path / ".part-tiny"
@@ -108,21 +141,33 @@ class RunFolder:
         settings = dataclasses.asdict(self.config)
         return wandb.init(project=self.config.wandb, dir=self.path, config=settings)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
-        if self.rank:
-            return
-        self.append("metrics.jsonl", [{"step": step, **metrics}])
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; what is no number is left out (`skipped` says why)."""
+        kept = {k: v for k, v in metrics.items() if isinstance(v, str) or math.isfinite(v)}
+        self.append("metrics.jsonl", [{"step": step, **kept}])
         if self._wandb:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log(kept, step=step)
 
     def append(self, log: str, records: list[dict[str, Any]]) -> None:
-        """Append records to a JSON Lines file of the run; rank 0 does it."""
+        """Append records to a JSON Lines file of the run; rank 0 does it.
+
+        Without room on the disk they wait in memory for the next time.
+        """
         if self.rank:
             return
-        with writing(self.path / log), open(self.path / log, "a") as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
+        lines = self._unwritten.get(log, "") + "".join(json.dumps(record) + "\n" for record in records)
+        file = self.path / log
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with writing(file), open(file, "a") as opened:
+                opened.write(lines)
+            self._unwritten.pop(log, None)
+        except InputError as error:
+            if file.exists():
+                os.truncate(file, size)  # half a line
+            if log not in self._unwritten:
+                tell(f"{error}: the lines wait in memory")
+            self._unwritten[log] = lines
 
     # ------------------------------------------------------------------------ checkpoints
 
@@ -130,27 +175,91 @@ class RunFolder:
         """Write checkpoints/step-N; it appears under that name only when it is complete.
 
         Every rank writes some of the weights' files and its own shard of the optimizer state. (With
-        several machines, `out` has to be on a disk that all of them see.)
+        several machines, `out` has to be on a disk that all of them see.) If that fails it is tried once
+        more, then in another place; the run goes on in any case, and `close` has the last word.
         """
         folder = self.path / "checkpoints" / f"step-{step:06d}"
         if folder.exists() or step == 0:
             return
-        part = folder.with_name(f".part-{folder.name}")
-        part.mkdir(parents=True, exist_ok=True)
-        save(model, part, self.initial, self.rank, self.world)
-        self._save_optimizer(part, model, optimizer)
-        barrier()
-        if self.rank == 0:
+        problem = self._try_to_save(folder, step, cursor, model, optimizer)
+        if problem:
+            self._say(f"{problem}: trying again in {self.retry_seconds:.0f} s")
+            time.sleep(self.retry_seconds)
+            problem = self._try_to_save(folder, step, cursor, model, optimizer)
+        if not problem:
+            self._unsaved = ""
+            if self.rank == 0:
+                self._link_latest(folder)
+                self._drop_old_checkpoints()
+            barrier()
+            return
+
+        # In its place it cannot be. Nothing is dropped, so the checkpoints before it are all still there.
+        refuge = spare_folder(self.path) / folder.name
+        if self._try_to_save(refuge, step, cursor, model, optimizer):
+            self._unsaved = f"{problem}; step {step} is not saved"
+        else:
+            self._unsaved = f"{problem}; step {step} is in {refuge}: move it to {folder.parent}"
+        self._say(self._unsaved)
+
+    def _try_to_save(
+        self, folder: Path, step: int, cursor: int, model: torch.nn.Module, optimizer: torch.optim.AdamW
+    ) -> str:
+        """Write a checkpoint; why it failed on some rank, or nothing. Weights that are none end the run."""
+        part, problem = folder.with_name(f".part-{folder.name}"), ""
+        try:
+            with writing(part):
+                part.mkdir(parents=True, exist_ok=True)
+        except InputError as error:
+            problem = str(error)
+        problem = save(model, part, self._copied, self.rank, self.world) or problem
+        try:
+            self._save_optimizer(part, model, optimizer)
+        except InputError as error:
+            problem = problem or str(error)
+        problem = next(filter(None, gather(problem)), "")
+
+        # All ranks are done: with the counters it is complete.
+        if self.rank == 0 and not problem:
             log_bytes = {f.name: f.stat().st_size for f in self.path.glob("*.jsonl")}
             counters = {"step": step, "cursor": cursor, "seed": self.config.seed}
-            write_json(part / "state.json", counters | {"log_bytes": log_bytes})
-            for file in part.glob("*.json"):
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            part.rename(folder)
-            self._link_latest(folder)
-            self._drop_old_checkpoints()
+            try:
+                write_json(part / "state.json", counters | {"log_bytes": log_bytes})
+                for file in part.glob("*.json"):
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+                part.rename(folder)
+            except (InputError, OSError) as error:
+                problem = str(error)
+        problem = gather(problem)[0]
+        if problem and self.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
         barrier()
+        return problem
+
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            tell(message)
+
+    def close(self) -> None:
+        """End the run: give the directory free.
+
+        Raises:
+            InputError: its last checkpoint or lines of a log are not where they belong.
+        """
+        for log in list(self._unwritten):
+            self.append(log, [])
+        if self._lock:
+            self._lock.close()
+        if self._unwritten:
+            refuge = spare_folder(self.path)
+            for log, lines in self._unwritten.items():
+                with writing(refuge / log):
+                    refuge.mkdir(parents=True, exist_ok=True)
+                    (refuge / log).write_text(lines)
+            self._unsaved = f"{self._unsaved}; the last lines of {', '.join(self._unwritten)} are in {refuge}"
+        if self._unsaved:
+            raise InputError(self._unsaved.removeprefix("; "))
 
     def _save_optimizer(self, folder: Path, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
         """This rank's slices of AdamW's state.
@@ -195,11 +304,8 @@ class RunFolder:
             step = moments.slice("step", 0, 1)[0].to(home, copy=True)
             optimizer.state[parameter] = state | {"step": step}
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
-
     def _drop_old_checkpoints(self) -> None:
-        for old in self._checkpoints()[: -self.config.keep_checkpoints]:
+        for old in checkpoints(self.path)[: -self.config.keep_checkpoints]:
             shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
 
     def _link_latest(self, checkpoint: Path) -> None:
@@ -207,6 +313,20 @@ class RunFolder:
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.relative_to(self.path))
         link.replace(self.path / "latest")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, oldest first; a `step-000003-backup` is none of them."""
+    found = [f for f in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{6,}", f.name) and f.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def spare_folder(run: Path) -> Path:
+    """Where a run's files go that its own disk has no room for: the place with the most of it."""
+    places = {Path.cwd(), Path.home(), Path(tempfile.gettempdir())}
+    usable = sorted(place for place in places if place.is_dir() and os.access(place, os.W_OK))
+    roomiest = max(usable, key=lambda place: shutil.disk_usage(place).free, default=Path.cwd())
+    return roomiest / f"rescued-{'-'.join(run.absolute().parts[1:])}"
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -218,15 +338,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{checkpoint}/state.json: cannot resume from it ({error})") from error
 
 
-def claim(out: Path, run: dict[str, Any], in_use: bool) -> None:
-    """Note in out/config.json what a run without steps is (evaluate.py); call on every rank.
+def claim(out: Path, run: dict[str, Any], in_use: bool) -> IO[str] | None:
+    """Lock out, and note in out/config.json what a run without steps is (evaluate.py); call on every rank.
 
     Args:
         in_use: responses lie there already; config.json says of which settings.
 
+    Returns:
+        The lock, on rank 0.
+
     Raises:
         InputError: of another run.
     """
+    held = lock(out) if rank_and_world()[0] == 0 else None
     file = out / "config.json"
     if in_use:
         before = json.loads(file.read_text()) if file.exists() else {}
@@ -239,6 +363,7 @@ def claim(out: Path, run: dict[str, Any], in_use: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] == 0:
         write_json(file, run)
+    return held
 
 
 # ------------------------------------------------------------------------------ the optimizer

@@ -19,7 +19,7 @@ from conftest import Trainer, rollout_of
 import model
 from dipo import DiPOConfig, Group, pack_groups, sample_groups
 from masking import pack, replay
-from plumbing.checkpoint import gathered, named_weights, save
+from plumbing.checkpoint import gathered, named_weights, read_copied, save
 from plumbing.config import load_config
 from plumbing.ranks import gather, start_distributed
 from reward import Question
@@ -141,7 +141,7 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
         record["logprobs"] = network.score(packed, model.Sampling()).logprobs.detach()
         record["buffers"] = {n: b.cpu() for n, b in network.named_buffers()}
         record["weights"] = {n: gathered(p.detach()).clone() for n, p in network.named_parameters()}
-        save(network, out, folder, rank, world, file_bytes)
+        save(network, out, read_copied(folder), rank, world, file_bytes)
     return record
 
 

@@ -333,7 +333,7 @@ def test_a_bad_question_is_named_by_its_line(place, script, record, wanted) -> N
         ('{"prompt": "", "response": "11"}', ["prompt"]),
         (CHAT.replace('"4"', '" "'), ["response"]),
         (CHAT.replace('"3"', '"\\ud800"'), []),
-        (CHAT.replace('"3"', '"' + "3" * 300 + '"'), ["max_tokens", "256"]),  # too long
+        (CHAT.replace('"3"', '"' + "3" * 300 + '"'), ["max_tokens", "128"]),  # too long
     ],
 )
 def test_a_bad_training_record_is_named_by_its_line(place, record, wanted) -> None:
@@ -470,7 +470,7 @@ def test_an_out_that_is_a_file_is_named(place, script) -> None:
 @pytest.mark.parametrize(
     ("script", "limit", "changes", "name"),
     [
-        ("sft", 100, [], "config.yaml"),
+        ("sft", 100, [], "run.json"),
         ("sft", 2_000, ["steps=100"], "metrics.jsonl"),
         ("sft", 50_000, [], "model.safetensors"),
         ("sft", 250_000, [], "optimizer.safetensors"),

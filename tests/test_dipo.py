@@ -490,11 +490,11 @@ def test_the_last_block_is_filled_and_its_filling_is_trained(folder, tmp_path, t
     text = "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(text)["input_ids"]
     ids = prompt + tokenizer("3")["input_ids"] + [end]
-    assert chat == Example(ids + [pad] * (-len(ids) % 8), len(prompt))
+    assert chat == Example(ids + [pad] * (-len(ids) % 8), len(prompt), f"{path}:1")
     abcdefg = tokenizer("abcdefg")["input_ids"]
     # an end that is there already is not doubled, and a full block gets no filling
-    assert others[0] == Example(abcdefg[:4] + [end] + [pad] * 3, 2)
-    assert others[1] == Example(abcdefg + [end], 3)
+    assert others[0] == Example(abcdefg[:4] + [end] + [pad] * 3, 2, f"{path}:2")
+    assert others[1] == Example(abcdefg + [end], 3, f"{path}:3")
 
     scored = np.zeros(8, int)
     for number in range(200):

@@ -25,7 +25,7 @@ import dipo
 import evaluate
 import model
 from masking import pack, replay
-from plumbing.checkpoint import load_tokenizer, save, stop_ids, tiny, tiny_tokenizer
+from plumbing.checkpoint import load_tokenizer, read_copied, save, stop_ids, tiny, tiny_tokenizer
 from plumbing.common import InputError
 from plumbing.config import Rule, load_config
 from plumbing.lmdeploy_engine import child_environment, lmdeploy_problem
@@ -288,7 +288,7 @@ def test_after_each_of_100_updates_it_answers_as_the_checkpoint_does(folder, tmp
         with torch.no_grad():
             for p in network.parameters():
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(update)), alpha=0.05)
-        save(network, tmp_path / "saved", folder)
+        save(network, tmp_path / "saved", read_copied(folder))
         if update % 10 == 5:
             engine.sleep()
         engine.update_weights(network.named_parameters())

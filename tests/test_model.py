@@ -21,7 +21,7 @@ import model as sdar
 from masking import HOLD, Packed, noise, pack, padded, replay
 from model import Sampling, score_logits
 from plumbing import kernels
-from plumbing.checkpoint import CHAT_TEMPLATE, load_tokenizer, save, stop_ids, tiny
+from plumbing.checkpoint import CHAT_TEMPLATE, load_tokenizer, read_copied, save, stop_ids, tiny
 from plumbing.common import InputError
 
 MASK = 259  # <|MASK|> in the tiny tokenizer
@@ -561,7 +561,7 @@ def edit_config(folder, drop=(), **changes) -> None:
 def test_load_and_save_round_trip(tmp_path, changes):
     first = tiny(tmp_path / "first", **TINY | changes)
     network = sdar.load(str(first))
-    save(network, tmp_path / "second", first)
+    save(network, tmp_path / "second", read_copied(first))
     before, after = tensors_of(first), tensors_of(tmp_path / "second")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
@@ -582,7 +582,7 @@ def test_save_over_the_folder_it_came_from(tmp_path):
     network = sdar.load(str(folder))
     with torch.no_grad():
         network.lm_head.weight.mul_(2)
-    save(network, folder, folder)
+    save(network, folder, read_copied(folder))
     assert (folder / "config.json").read_bytes() == config
     assert torch.equal(sdar.load(str(folder)).lm_head.weight, network.lm_head.weight)
 
@@ -609,7 +609,7 @@ def test_a_folder_as_published_loads_without_remote_code(tmp_path, tiny_folder):
     row = one_row([replay(random_rollout(random.Random(7), 4), 4, 1.0)], 4)
     with torch.no_grad():
         assert torch.equal(*(m.score(row, Sampling()).logprobs for m in (network, twin)))
-    save(network, tmp_path / "out", folder)
+    save(network, tmp_path / "out", read_copied(folder))
     assert (tmp_path / "out" / "modeling_sdar.py").read_text() == trap
     copied = (tmp_path / "out" / "config.json").read_bytes()
     assert copied == (folder / "config.json").read_bytes()
@@ -694,7 +694,7 @@ def test_no_folder(tmp_path):
 
 
 def test_the_tokenizer_travels_with_the_checkpoint(tmp_path, tiny_folder, tiny_model):
-    save(tiny_model, tmp_path / "copy", tiny_folder)
+    save(tiny_model, tmp_path / "copy", read_copied(tiny_folder))
     tokenizer = load_tokenizer(str(tmp_path / "copy"))
     assert tokenizer.mask_token_id == MASK
     assert tokenizer.chat_template == CHAT_TEMPLATE

@@ -272,7 +272,7 @@ def test_killed_while_an_old_checkpoint_is_deleted(good, tmp_path, monkeypatch) 
     class Killed(BaseException):
         """Stands for SIGKILL."""
 
-    def delete_one_file(folder) -> None:
+    def delete_one_file(folder, **_) -> None:
         min(Path(folder).iterdir()).unlink()
         raise Killed
 

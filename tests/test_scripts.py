@@ -33,7 +33,7 @@ DIPO_METRICS = {
     "reward", "reward_kept", "accuracy", "tpf", "response_tokens", "truncation_rate",
     "groups_kept", "groups_asked", "kept_rate", "rollout_tokens",
     "loss", "entropy", "clip_fraction", "policy_kl", "hold_fraction", "grad_norm",
-    "gap_mean", "gap_max", "gap_kl", "train_tokens", "gib_given_back",
+    "gap_mean", "gap_max", "gap_capped", "gap_kl", "train_tokens", "gib_given_back",
     "seconds/rollout", "seconds/train", "seconds/update_weights",
 }  # fmt: skip
 REPORTED = EVALUATION | {  # by evaluate.py alone
