@@ -19,9 +19,9 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plumbing.common import InputError, check_model, end_on_signals, fail
@@ -109,7 +109,7 @@ def load_config(
     try:
         if options.config:
             layers.append(OmegaConf.load(options.config))
-        layers.append(OmegaConf.from_dotlist(options.overrides))
+        layers += [override_layer(config_class, override) for override in options.overrides]
         if presets:
             layers.insert(1, presets[OmegaConf.merge(*layers).protocol])
         config = OmegaConf.to_object(OmegaConf.merge(*layers))
@@ -128,6 +128,16 @@ def load_config(
     if hasattr(config, "check"):
         config.check()
     return config
+
+
+def override_layer(config_class: type, override: str) -> DictConfig:
+    """One key=value. Below a field that is a dict the rest is one key: rewards.mymodule.myreward=1."""
+    key, _, value = override.partition("=")
+    name, _, entry = key.partition(".")
+    if not entry or get_origin(get_type_hints(config_class).get(name)) is not dict:
+        return OmegaConf.from_dotlist([override])
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"{name}={value}"]))
+    return OmegaConf.create({name: {entry: parsed[name]}})
 
 
 def check_bounds(config: Any) -> None:
