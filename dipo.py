@@ -47,6 +47,7 @@ class DiPOConfig(TrainConfig):
     rewards: dict[str, float] = setting(
         {"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out", at_least=None
     )
+    reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
     log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl", may_change=True)
 
     advantage_std: bool = setting(True, "divide by the group's standard deviation", heading="Objective")
@@ -136,7 +137,7 @@ class Group:
 
 def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
     """The group of some graded rollouts of one question."""
-    rewards = [reward.values(g, config.rewards) for g in graded]
+    rewards = [reward.values(g, config.rewards, config.reward_seconds) for g in graded]
     totals = [reward.total(r, config.rewards) for r in rewards]
     return Group(number, graded, rewards, totals, group_advantages(rewards, totals, config))
 

@@ -14,12 +14,12 @@ A response is graded in three steps:
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from plumbing import own_reward
 from plumbing.answers import GOLD_NAMES, explain_file, extract_answer, gold_answer, judge_all
 from plumbing.common import InputError, read_records, run_script
 
@@ -237,37 +237,36 @@ REWARDS: dict[str, Callable[[Graded], float]] = {
 }
 
 
-def find_reward(name: str) -> Callable[[Graded], float]:
-    """The reward of that name, or your own by dotted path: `mymodule.myreward`, importable from here.
+def find_reward(name: str, seconds: float = 30.0) -> Callable[[Graded], float]:
+    """The reward of that name, or your own by dotted path, `mymodule.myreward`: plumbing/own_reward.py.
 
     Raises:
         ValueError: there is no such reward.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    module, dot, function = name.rpartition(".")
-    if not dot:
+    if "." in name:
+        return own_reward.find(name, seconds)
+    if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}; available: {', '.join(REWARDS)}, or mymodule.myreward")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"unknown reward {name!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"unknown reward {name!r}: not a function")
-    return found
+    return REWARDS[name]
 
 
 def check_names(weights: Mapping[str, float]) -> None:
     """Raise ValueError unless weights names at least one reward and only rewards that exist."""
     if not weights:
         raise ValueError(f"no reward is named; available: {', '.join(REWARDS)}")
-    for name in weights:
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float):
+            raise ValueError(f"{name}: {weight}, expected a number as in mymodule.myreward: 1.0")
         find_reward(name)
 
 
-def values(graded: Graded, weights: Mapping[str, float]) -> dict[str, float]:
-    """The value of each reward named in weights, not yet weighted; names as for check_names."""
-    return {name: find_reward(name)(graded) for name in weights}
+def values(graded: Graded, weights: Mapping[str, float], seconds: float = 30.0) -> dict[str, float]:
+    """The value of each reward named in weights, not yet weighted; names as for check_names.
+
+    Raises:
+        InputError: a reward of your own gave no number within so many seconds.
+    """
+    return {name: find_reward(name, seconds)(graded) for name in weights}
 
 
 def total(rewards: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -15,7 +15,9 @@ import yaml
 
 from dipo import DiPOConfig
 from evaluate import PROTOCOLS, EvalConfig
+from plumbing import own_reward
 from plumbing.config import load_config
+from reward import Question, Utf8, example, grade, values
 from sft import SFTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +51,7 @@ def test_every_file_of_the_list_is_there(tracked):
     """Names in backticks and in the lists of files that end like a file of this repository."""
     named = re.findall(r"(?<![\w/.<{-])([\w/]+\.(?:py|md|yaml|txt))\b", README.read_text(encoding="utf-8"))
     known = {path.rpartition("/")[2] for path in tracked} | tracked
-    made = {"table.md", "config.yaml"}  # by runs
+    made = {"table.md", "config.yaml", "myrewards.py"}  # by runs and by readers
     missing = {name for name in named if name not in known | made}
     assert not missing, f"README.md names {sorted(missing)}"
 
@@ -120,13 +122,32 @@ def test_commands_of_the_readme_have_arguments_that_their_programs_take(command,
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     made = [f"data/hub/{name}.jsonl" for name in download.DATASETS]
-    for name in [*made, "runs/demo/data/test.jsonl"]:
+    for name in [*made, "runs/demo/data/rl.jsonl", "runs/demo/data/test.jsonl"]:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("{}\n")
-    for run in ("demo/dipo", "sdar_8b_sft", "sdar_8b_dipo"):
+    Path("myrewards.py").write_text(reward_example())
+    own_reward.WORKER.close()  # the next one starts in this folder
+    for run in ("demo/sft", "demo/dipo", "sdar_8b_sft", "sdar_8b_dipo"):
         Path("runs", run, "latest").mkdir(parents=True)
     presets = PROTOCOLS if script == "evaluate.py" else None
     load_config(SCRIPTS[script], arguments, presets)
+
+
+def reward_example() -> str:
+    """The file with a reward of one's own that the README shows."""
+    (code,) = re.findall(r"```python\n(def .*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return code
+
+
+def test_the_reward_of_the_readme_does_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("myrewards.py").write_text(reward_example())
+    own_reward.WORKER.close()
+    question, weights = Question("3+8+5?", "16"), {"myrewards.shows_work": 1.0}
+    texts = [r"3+8=11 11+5=16 \boxed{16}", r"3+8=11 \boxed{16}", r"\boxed{16}", "=== = ="]
+    graded = grade([example(text) for text in texts], [question] * len(texts), Utf8(), block_size=4)
+    assert [values(g, weights)["myrewards.shows_work"] for g in graded] == [1.0, 0.5, 0.0, 1.0]
+    own_reward.WORKER.close()
 
 
 @pytest.mark.parametrize("engine", ["LMDeployEngine", "TorchEngine"])

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reward
-from plumbing import answers
+from plumbing import answers, own_reward
 from plumbing.answers import extract_answer, is_equivalent
+from plumbing.common import InputError
 from reward import Graded, Question, Utf8, example, grade
 from rollout import Rollout
 
@@ -450,11 +451,19 @@ def test_check_names():
         reward.check_names({})
 
 
-def test_a_reward_of_your_own_by_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder from which rewards of one's own are imported, by a process started after this one."""
+    monkeypatch.chdir(tmp_path)
+    own_reward.WORKER.close()
+    yield tmp_path
+    own_reward.WORKER.close()
+
+
+def test_a_reward_of_your_own_by_dotted_path(own):
+    (own / "my_rewards.py").write_text(
         "def tokens(graded):\n    return graded.rollout.num_tokens / 10\n\nten = 10\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
     weights = {"accuracy": 1.0, "my_rewards.tokens": 0.5}
     reward.check_names(weights)
     rewards = reward.values(graded(True, num_tokens=20), weights)
@@ -463,6 +472,43 @@ def test_a_reward_of_your_own_by_dotted_path(tmp_path, monkeypatch):
     for name in ("my_rewards.missing", "my_rewards.ten", "not_there.tokens", ".tokens", "tokens."):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             reward.check_names({name: 1.0})
+    for weight in (None, "1", [1.0], {"tokens": 1.0}):
+        with pytest.raises(ValueError, match="my_rewards: .*, expected a number"):
+            reward.check_names({"my_rewards": weight})
+
+
+def test_a_reward_of_your_own_sees_a_copy_of_all_there_is(own):
+    (own / "my_rewards.py").write_text(
+        "def same(graded):\n"
+        "    r, q = graded.rollout, graded.question\n"
+        "    found = [r.num_steps, r.shown_ids, r.seed, q.gold, q.tolerance, graded.truncated]\n"
+        "    graded.correct = True\n"
+        "    return found == [3, list(b'abcdef'), 5, '1', 0.1, True]\n"
+    )
+    case = Graded(example("abcdef", 2.0, truncated=True), Question("?", "1", 0.1), "abcdef", None, False, 4)
+    case.rollout.seed = 5
+    assert reward.values(case, {"my_rewards.same": 1.0}) == {"my_rewards.same": 1.0}
+    assert not case.correct
+
+
+def test_a_reward_of_your_own_that_gives_no_value_names_itself_and_the_question(own):
+    (own / "my_rewards.py").write_text(
+        "import time\n\n"
+        "def fails(graded):\n    return graded.answer[0]\n\n"
+        "def hangs(graded):\n    time.sleep(1000)\n"
+    )
+    case = graded(False)
+    case.question.where = "rl.jsonl:3"
+    with pytest.raises(InputError, match=r"^reward my_rewards\.fails: question rl\.jsonl:3: TypeError: "):
+        reward.values(case, {"my_rewards.fails": 1.0})
+    with pytest.raises(InputError, match=r"^reward my_rewards\.hangs: question rl\.jsonl:3: no .* 0\.2 s$"):
+        reward.values(case, {"my_rewards.hangs": 1.0}, 0.2)
+
+
+def test_other_rewards_are_called_here():
+    own_reward.WORKER.close()
+    reward.values(graded(True, max_tokens=9), dict.fromkeys(reward.REWARDS, 1.0))
+    assert own_reward.WORKER._process is None
 
 
 @pytest.mark.parametrize(
