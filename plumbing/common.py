@@ -61,7 +61,7 @@ class progress(tqdm):  # noqa: N801, it stands where tqdm would
     def _line(self) -> None:
         self._next_line = time.monotonic() + self.line_seconds
         bar = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}, {rate_fmt}{postfix}"
-        shown = self.format_meter(**self.format_dict | {"ncols": 0, "bar_format": bar})
+        shown = self.format_meter(**self.format_dict | {"ncols": None, "bar_format": bar})
         print(shown, file=sys.stderr, flush=True)
 
     def clear(self, *arguments: Any, **options: Any) -> None:
@@ -246,10 +246,10 @@ def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str,
         InputError: missing, empty or malformed file, or a record that is no object.
     """
     file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{path}: no such data file")
+    if not file.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: {'a folder, expected a' if file.is_dir() else 'no such'} data file")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # the mark that editors on Windows begin with is dropped
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     if interrupted:
@@ -259,7 +259,7 @@ def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str,
     records = []
     if text.lstrip().startswith("["):
         try:
-            records = [(f"{path}: row {i + 1}", record) for i, record in enumerate(json.loads(text))]
+            records = [(f"{path}: row {i + 1}", record) for i, record in enumerate(parse_json(text))]
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
         except (ValueError, RecursionError) as error:
@@ -269,7 +269,7 @@ def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str,
             if not line.strip():
                 continue
             try:
-                records.append((f"{path}:{number}", json.loads(line)))
+                records.append((f"{path}:{number}", parse_json(line)))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}:{number}: not JSON ({getattr(error, 'msg', error)})") from error
 
@@ -283,14 +283,36 @@ def read_records(path: str | Path, interrupted: bool = False) -> list[tuple[str,
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"{where}: half of a surrogate pair is no text") from error
+        except RecursionError as error:
+            raise InputError(f"{where}: nested too deeply") from error
     return records
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or an object has a key twice, so that one of the two would be lost.
+        RecursionError: it is nested too deeply.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"twice the key {max(names, key=names.count)!r}")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def check_model(name: str) -> None:
     """Refuse a checkpoint that is neither a folder nor named as the hub names models, OWNER/NAME."""
     like_the_hub = name.count("/") == 1 and not name.startswith((".", "/"))
-    if not like_the_hub and not Path(name).exists():
-        raise InputError(f"{name}: no such checkpoint folder")
+    if Path(name).is_file():
+        raise InputError(f"{name}: a file, expected a checkpoint folder")
+    if not name or (not like_the_hub and not Path(name).exists()):
+        raise InputError(f"{name or 'an empty name'}: no such checkpoint folder")
 
 
 # --------------------------------------------------------------------------- clock and order

@@ -155,7 +155,8 @@ class RunFolder:
         """
         if self.rank:
             return
-        lines = self._unwritten.get(log, "") + "".join(json.dumps(record) + "\n" for record in records)
+        new = "".join(json.dumps(as_json(record)) + "\n" for record in records)
+        lines = self._unwritten.get(log, "") + new
         file = self.path / log
         size = file.stat().st_size if file.exists() else 0
         try:
@@ -212,7 +213,14 @@ class RunFolder:
                 part.mkdir(parents=True, exist_ok=True)
         except InputError as error:
             problem = str(error)
-        problem = save(model, part, self._copied, self.rank, self.world) or problem
+        if problem := next(filter(None, gather(problem)), ""):
+            return problem
+        try:
+            problem = save(model, part, self._copied, self.rank, self.world)
+        except InputError:  # of a weight that is none, at the same one on every rank
+            if self.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
         try:
             self._save_optimizer(part, model, optimizer)
         except InputError as error:
@@ -313,6 +321,15 @@ class RunFolder:
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.relative_to(self.path))
         link.replace(self.path / "latest")
+
+
+def as_json(value: Any) -> Any:
+    """The value with texts in place of nan and infinity, which are no JSON."""
+    if isinstance(value, dict):
+        return {name: as_json(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [as_json(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checkpoints(run: Path) -> list[Path]:
