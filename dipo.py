@@ -37,9 +37,7 @@ from plumbing.config import Rule, TrainConfig, check_sources, read_arguments, se
 class DiPOConfig(TrainConfig):
     """Fields of dipo.py."""
 
-    out: str = setting(
-        "runs/dipo", "the run directory: config, metrics, checkpoints, rollouts", may_change=True
-    )
+    out: str = setting("runs/dipo", "the run directory, as of sft.py, with rollouts.jsonl", may_change=True)
     data: str = setting("data/generated/rl.jsonl", "question file", heading="Questions and groups")
     groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
     group_size: int = setting(16, "rollouts per question (G)", at_least=2)
@@ -93,7 +91,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evaluate import evaluate_now, questions_to_evaluate
+from evaluate import evaluate_now
 from masking import HOLD, Packed, pack, replay
 from model import choose_block_size, load_for_training
 from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
@@ -138,6 +136,8 @@ class Group:
 def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
     """The group of some graded rollouts of one question."""
     rewards = [reward.values(g, config.rewards, config.reward_seconds) for g in graded]
+    for name, value in [pair for of_one in rewards for pair in of_one.items()]:
+        noted(value, f"reward {name} of a response to {graded[0].question.where}")
     totals = [reward.total(r, config.rewards) for r in rewards]
     return Group(number, graded, rewards, totals, group_advantages(rewards, totals, config))
 
@@ -519,7 +519,9 @@ def main(config: DiPOConfig) -> None:
     )
     order = DataOrder(len(questions), config.seed, folder.cursor)
     if config.eval_every:
-        eval_questions = questions_to_evaluate(config, tokenizer, engine)
+        eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
+        limits = (config.eval_max_tokens, engine, config.too_long)
+        eval_questions = fitting_questions(eval_questions, tokenizer, config.prompt, *limits)
 
     bar = progress(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):

@@ -59,15 +59,17 @@ class EvalConfig:
     protocol: Literal["none", "greedy", "dirl"] = setting("none", "sets other fields: evaluate.PROTOCOLS")
     rules: list[Rule] = setting(["static", "dynamic"], "decoding rules")
     samples: int = setting(1, "responses per question (k)", above=0)
-    sweep: list[float] = setting([], "dynamic at each of these thresholds instead; plotted to sweep.png")
+    sweep: list[float] = setting([], "dynamic at each of these thresholds instead; see sweep.png", at_most=1)
     limit: int = setting(0, "only the first so many questions of each file; 0: all")
 
-    prompt: str = setting("{question}", "the user's turn; {question} is replaced", heading="Decoding")
-    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal")
+    prompt: str = setting(
+        "{question}", "the user's turn; {question} is replaced", heading="Decoding", holds="{question}"
+    )
+    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal", at_most=1)
     denoising_steps: int = setting(4, "static, sequential: steps per block", above=0)
     temperature: float = setting(1.0, "of the softmax that tokens and confidences come from", above=0)
     top_k: int = setting(1, "1: greedy; 0: off")
-    top_p: float = setting(1.0, "nucleus; 1: off")
+    top_p: float = setting(1.0, "nucleus; 1: off", above=0, at_most=1)
     max_tokens: int = setting(256, "new tokens per response", above=0)
     min_tokens: int = setting(0, "no stop token is drawn in a block that begins before so many new tokens")
     banned: list[str] = setting([], "tokens that are never drawn")
@@ -207,15 +209,6 @@ def respond(
     # Bring the ranks' shares together: of 2 ranks the first has questions 0 2 4, the second 1 3 5.
     shares = gather(by_question)
     return [shares[i % world][i // world] for i in range(len(questions))]
-
-
-def questions_to_evaluate(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerFast, engine: Engine
-) -> list[Question]:
-    """The questions of config.eval_data for `evaluate_now`."""
-    questions = read_questions(config.eval_data)[: config.eval_limit or None]
-    rest = (config.eval_max_tokens, engine, config.too_long)
-    return fitting_questions(questions, tokenizer, config.prompt, *rest)
 
 
 def evaluate_now(

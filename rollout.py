@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from plumbing.config import Rule
 
 
+RESENDS = 3  # of the weights to an engine that lost them, in one call of generate_all
+
+
 # -------------------------------------------------------------------- the records of a response
 
 
@@ -217,39 +220,34 @@ def generate_all(
 ) -> list[Rollout]:
     """Generate; if the engine of some rank lost its weights on the way, send them again and go on.
 
-    Rollouts whose probabilities are no numbers are made again too, once: sound weights give sound ones.
-    Every rank must call this, since gathering the weights is a collective call.
+    So it is if probabilities are no numbers: sound weights give sound rollouts. Every rank must call this,
+    since gathering the weights is a collective call.
 
     Args:
-        done: sees every rollout as it ends that is sound.
+        done: sees every sound rollout as it ends.
         weights: the trainer's weights now; None: the checkpoint's, which no engine can lose.
 
     Raises:
-        InputError: there are such rollouts again, or no weights to send.
+        InputError: sending the weights RESENDS times did not help.
     """
     rollouts: list[Rollout | None] = [None] * len(prompts)
     todo = range(len(prompts))
-    unsound_before = False
-    while True:
+    for _ in range(RESENDS + 1):
         # What this rank still lacks.
-        new = engine.generate(
-            [prompts[i] for i in todo], [seeds[i] for i in todo], how, lambda r: r.is_sound and done(r)
-        )
+        missing = [prompts[i] for i in todo], [seeds[i] for i in todo]
+        new = engine.generate(*missing, how, lambda r: r.is_sound and done(r))
         for i, rollout in zip(todo, new, strict=True):
             rollouts[i] = rollout if rollout is not None and rollout.is_sound else None
-        unsound = any(rollout is not None and not rollout.is_sound for rollout in new)
         todo = [i for i in todo if rollouts[i] is None]
 
         # Until no rank lacks any.
         if not any(gather(bool(todo))):
             return rollouts
-        if any(gather(unsound)):
-            if weights is None or unsound_before:
-                raise InputError("the probabilities in the rollout engine are nan: its weights are damaged")
-            tell("the probabilities in the rollout engine are nan: sending the weights again")
-            unsound_before = True
+        if weights is None:
+            break
         engine.update_weights(weights())
         engine.wake()
+    raise InputError("the rollout engine has no sound weights: what it computes is nan, or it dies again")
 
 
 def needed_positions(prompts: list[list[int]], how: Decoding, block_size: int, limit: int) -> int:

@@ -51,16 +51,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from evaluate import evaluate_now, questions_to_evaluate
+from evaluate import evaluate_now
 from masking import Packed, noise, pack
 from model import BlockDiffusion, Sampling, choose_block_size, load_for_training
 from plumbing.balance import plan_ranks
 from plumbing.checkpoint import gathered, load_tokenizer, named_weights, prompt_and_response, stop_ids
 from plumbing.common import DataOrder, Stopwatch, progress, read_records
 from plumbing.guard import Guard, noted
-from plumbing.lengths import fitting
+from plumbing.lengths import fitting, fitting_questions
 from plumbing.ranks import micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
+from reward import read_questions
 from rollout import make_engine
 
 if TYPE_CHECKING:
@@ -187,7 +188,9 @@ def main(config: SFTConfig) -> None:
     # An engine generates for the evaluation; it sleeps until then.
     if config.eval_every:
         engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
-        questions = questions_to_evaluate(config, tokenizer, engine)
+        questions = read_questions(config.eval_data)[: config.eval_limit or None]
+        limits = (config.eval_max_tokens, engine, config.too_long)
+        questions = fitting_questions(questions, tokenizer, config.prompt, *limits)
         engine.sleep()
 
     guard = Guard(config)  # over loss and gradient

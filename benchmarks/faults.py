@@ -407,7 +407,7 @@ def content(chain: Path) -> dict[str, Any]:
     for stage in ("sft", "dipo"):
         for file in sorted((chain / stage / "latest").resolve().glob("*.safetensors")):
             found[f"{stage}/{file.name}"] = file.read_bytes()
-        found[f"{stage}/checkpoints"] = sorted(f.name for f in (chain / stage / "checkpoints").iterdir())
+        found[f"{stage}/latest"] = os.readlink(chain / stage / "latest")
     for log in sorted(chain.glob("*/*.jsonl")):
         lines = log.read_text().splitlines()
         found[f"{log.parent.name}/{log.name}"] = [without_clock(json.loads(line)) for line in lines]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -38,6 +38,7 @@ def printable(text: str) -> str:
 
 def tell(message: str) -> None:
     """Print one line to standard error, above open progress bars."""
+    _stay_if_ending()
     tqdm.write(printable(" ".join(message.split())), file=sys.stderr)
 
 
@@ -85,6 +86,7 @@ class progress(tqdm):  # noqa: N801, it stands where tqdm would
 PATIENCE = 10.0  # seconds that a rank waits for another one to say the same
 AT_END: list[Callable[[], None]] = []  # what ends the processes that this one started
 _waiting: list[int] = []  # the pipe by which signals arrive, once there is one
+_ending: list[int] = []  # the thread that ends this process after a signal, once there was one
 
 
 class InputError(ValueError):
@@ -128,7 +130,11 @@ def run_script(main: Callable[..., None], *arguments: Any) -> None:
         logging.set_verbosity_error()  # its report on a checkpoint would precede our one line
         logging.disable_progress_bar()  # it would show one for every file that is read
     try:
-        main(*arguments)
+        try:
+            main(*arguments)
+        except BaseException:
+            _stay_if_ending()
+            raise
     except InputError as error:
         fail(str(error))
     except OSError as error:
@@ -167,6 +173,7 @@ def end_on_signals(last_words: Callable[[], str] = lambda: "") -> None:
         number = 0
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(reading, 1)[0]
+        _ending.append(threading.get_ident())
         _end_children()
         if os.environ.get("RANK", "0") == "0":
             tell(f"interrupted ({signal.Signals(number).name}){last_words()}")
@@ -176,9 +183,16 @@ def end_on_signals(last_words: Callable[[], str] = lambda: "") -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _stay_if_ending() -> None:
+    """Say and do nothing more: what fails now does so because the children have been ended."""
+    if _ending and threading.get_ident() not in _ending:
+        time.sleep(PATIENCE)
+
+
 def _end_children() -> None:
     while AT_END:
-        AT_END.pop()()
+        with suppress(Exception):  # the main thread may be busy with it at this moment
+            AT_END.pop()()
 
 
 def _world() -> int:
@@ -189,7 +203,7 @@ def _world() -> int:
 def _is_lost_rank(error: RuntimeError) -> bool:
     """Whether the process group says that one of its members does not answer any more."""
     text = f"{type(error).__name__} {error}".lower()
-    signs = ("gloo", "nccl", "connection closed", "connection reset", "distnetwork")
+    signs = ("gloo", "connection closed", "connection reset", "remote process", "distnetwork")
     return any(sign in text for sign in signs)
 
 

@@ -20,8 +20,9 @@ NOTES_SHOWN = 3
 
 def noted(value: float, what: str) -> float:
     """The value; if it is nan or infinite, that is noted under the name `what`, for the step's reason."""
-    if not math.isfinite(value):
-        NOTES.append(f"{what} is {value}")
+    note = f"{what} is {value}"
+    if not math.isfinite(value) and note not in NOTES:
+        NOTES.append(note)
     return value
 
 
@@ -51,9 +52,10 @@ class Guard:
                 them the engine got the weights again.
         """
         # What is wrong, and on which rank what was noted about it.
-        wrong = [f"{name} is {metrics[name]}" for name in ("loss", "grad_norm") if not _finite(metrics[name])]
+        numbers = {name: metrics[name] for name in ("loss", "grad_norm")}
+        wrong = [f"{name} is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         gap = metrics.get("gap_capped", 0.0)
-        if not _finite(gap) or 0 < self.gap_limit < gap:
+        if not math.isfinite(gap) or 0 < self.gap_limit < gap:
             wrong.append(f"engine and trainer are {gap:.3g} apart per token, gap_limit is {self.gap_limit}")
         if not wrong:
             NOTES.clear()
@@ -73,7 +75,3 @@ class Guard:
         if rank_and_world()[0] == 0:
             tell(f"step {step} is skipped: {metrics['skipped']}")
         return False
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)

@@ -142,11 +142,10 @@ class RunFolder:
         return wandb.init(project=self.config.wandb, dir=self.path, config=settings)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl; what is no number is left out (`skipped` says why)."""
-        kept = {k: v for k, v in metrics.items() if isinstance(v, str) or math.isfinite(v)}
-        self.append("metrics.jsonl", [{"step": step, **kept}])
+        """Append one line to metrics.jsonl; what is no number is null there, and `skipped` says why."""
+        self.append("metrics.jsonl", [{"step": step, **metrics}])
         if self._wandb:
-            self._wandb.log(kept, step=step)
+            self._wandb.log(metrics, step=step)
 
     def append(self, log: str, records: list[dict[str, Any]]) -> None:
         """Append records to a JSON Lines file of the run; rank 0 does it.
