@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from plumbing import own_reward
-from plumbing.answers import GOLD_NAMES, explain_file, extract_answer, gold_answer, judge_all
+from plumbing.answers import GOLD_NAMES, explain_file, extract_answer, gold_answer, judge_all, tolerance_of
 from plumbing.common import InputError, read_records, run_script
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def read_questions(path: str) -> list[Question]:
         gold = gold_answer(record)
         if not gold:
             raise InputError(f"{where}: no answer (expected one of {', '.join(GOLD_NAMES)})")
-        try:  # OlympiadBench gives one tolerance, or one per answer as in `1e-1,1e-2`: the first
-            tolerance = float(str(record["error"]).strip(",").split(",")[0]) if record.get("error") else None
-        except (TypeError, ValueError):
+        try:
+            tolerance = tolerance_of(record.get("error"))
+        except ValueError:
             raise InputError(f"{where}: `error` is {record['error']!r}, expected a tolerance") from None
         questions.append(Question(text, gold, tolerance, where))
     return questions

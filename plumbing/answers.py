@@ -27,6 +27,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import re
 import selectors
@@ -39,7 +40,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, Overflow
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MEMORY_BYTES = 4 * 2**30  # address space of a worker; math-verify itself needs about 0.1 GiB
 START_SECONDS = 120  # importing sympy from a cold network disk can take a while
@@ -87,14 +88,40 @@ def gold_answer(record: dict) -> str:
 
     What stands behind #### (GSM8K); several as one list, and with its unit (OlympiadBench).
     """
-    given = [record[name] for name in GOLD_NAMES if record.get(name) not in (None, "", [])]
-    gold = given[0] if given else ""
-    if isinstance(gold, list):
-        gold = ", ".join(map(str, gold))
-    elif not isinstance(gold, str | int | float):
-        gold = ""
-    gold, unit = str(gold).rpartition("####")[2].strip(), record.get("unit")
+    gold = next(filter(None, (_gold_text(record.get(name)) for name in GOLD_NAMES)), "")
+    unit = record.get("unit")
     return f"{gold} {unit.strip()}" if gold and isinstance(unit, str) and unit.strip() else gold
+
+
+def _gold_text(value: Any) -> str:
+    """A text, a number, or a list of them as one text; "" for what is no answer: null, true, nan, {}."""
+    if isinstance(value, list):
+        parts = ["" if isinstance(part, list) else _gold_text(part) for part in value]
+        return ", ".join(parts) if all(parts) else ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return ""
+    text = str(value).rpartition("####")[2].strip()
+    return text if any(c.isprintable() and c != " " for c in text) else ""
+
+
+def tolerance_of(error: Any) -> float | None:
+    """How far a number may be from the gold one: `error` of a question's record; None: it has none.
+
+    OlympiadBench gives one tolerance, or one per answer as in `1e-1,1e-2`: the first.
+
+    Raises:
+        ValueError: it is no finite number of 0 or more.
+    """
+    if isinstance(error, bool) or not isinstance(error, str | int | float | None):
+        raise ValueError(error)
+    if not error:
+        return None
+    tolerance = float(str(error).strip(",").split(",")[0])
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(error)
+    return tolerance
 
 
 UNICODE = str.maketrans(

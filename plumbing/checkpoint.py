@@ -24,6 +24,8 @@ from plumbing.common import InputError, check_model, first_line, writing
 from plumbing.lora import base_parameters, delta_weight
 from plumbing.model_config import MODEL_TYPES, read_config_json
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 # --------------------------------------------------------------------------------- reading
 
 
@@ -251,7 +253,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerFast:
         vocabulary = tokenizer.get_vocab()
     except Exception as error:
         reason = first_line(error)
-        if "trust_remote_code" in reason:  # transformers advises to allow it
+        if "trust_remote_code" in str(error):  # transformers advises to allow it
             reason = "it is defined by code in that folder, which is never run"
         raise InputError(f"{folder}: cannot read the tokenizer ({reason})") from error
 
@@ -333,6 +335,8 @@ def prompt_and_response(
     if isinstance(turns, list) and len(turns) > 1 and all(isinstance(t, dict) for t in turns):
         texts = all(isinstance(t.get("content"), str) for t in turns)
         if texts and turns[-1].get("role") == "assistant":
+            if problem := _problem_of_turns(turns):
+                raise InputError(f"{where}: {problem}")
             response = turns[-1]["content"]
             try:
                 prompt = tokenizer.apply_chat_template(turns[:-1], add_generation_prompt=True, tokenize=False)
@@ -347,6 +351,20 @@ def prompt_and_response(
     if not response.strip():
         raise InputError(f"{where}: an empty response")
     return prompt, response
+
+
+def _problem_of_turns(turns: list[dict[str, Any]]) -> str:
+    """What a chat has that templates drop without a word, or lacks; empty: nothing."""
+    roles = [turn.get("role") for turn in turns]
+    for role in roles:
+        if role not in ROLES:
+            return f"the role {role!r} in `messages`, expected one of {', '.join(ROLES)}"
+    if "user" not in roles:
+        return "no turn of the user in `messages`"
+    for turn in turns:
+        if lost := [name for name in ("tool_calls", "function_call") if turn.get(name)]:
+            return f"`{lost[0]}` in `messages`, expected texts only"
+    return ""
 
 
 # --------------------------------------------------------------------------------- writing

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import math
+import operator
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -27,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from plumbing.common import InputError, check_model, end_on_signals, fail
 
 Config = TypeVar("Config")
+LARGEST = 2**63 - 1  # of all numbers in a config, and as far below 0
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 Rule = Literal["dynamic", "static", "sequential"]  # how positions are chosen: rollout.reveal
 EngineName = Literal["auto", "lmdeploy", "torch"]
 
@@ -38,18 +40,21 @@ def setting(
     heading: str = "",
     at_least: float | None = 0,
     above: float | None = None,
+    at_most: float | None = None,
     below: float | None = None,
+    holds: str = "",
     may_change: bool = False,
 ) -> Any:
     """A field of a config.
 
     Args:
         heading: `--help` begins a group of fields with this one.
-        at_least, above, below: bounds of a number, or of every number of a list; None: none.
+        at_least, above, at_most, below: bounds of a number, or of every number of a list; None: none.
+        holds: what a text has to contain.
         may_change: another value does not change what a run computes, so it is no other run when resumed.
     """
-    metadata = {"meaning": meaning, "heading": heading, "at_least": at_least, "above": above, "below": below}
-    metadata["may_change"] = may_change
+    metadata = {"meaning": meaning, "heading": heading, "holds": holds, "may_change": may_change}
+    metadata |= {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -78,6 +83,8 @@ def read_arguments(config_class: type[Config], presets: Mapping[str, dict[str, A
         return known[0]
     except InputError as error:
         fail(str(error))
+    except OSError as error:  # such as a name that is too long
+        fail(f"{error.filename}: {error.strerror}")
 
 
 def load_config(
@@ -102,7 +109,9 @@ def load_config(
     options = parser.parse_args(argv)
     for override in options.overrides:
         if "=" not in override:
-            raise InputError(f"{override}: expected key=value")
+            raise InputError(f"{override or 'an empty argument'}: expected key=value")
+    if options.config and Path(options.config).is_dir():
+        raise InputError(f"{options.config}: a folder, expected a YAML file")
 
     # Lay the sources over each other, later ones on top.
     layers = [OmegaConf.structured(config_class)]
@@ -110,12 +119,17 @@ def load_config(
         if options.config:
             layers.append(OmegaConf.load(options.config))
         layers += [override_layer(config_class, override) for override in options.overrides]
+        for layer in layers[1:]:
+            if isinstance(layer, DictConfig):  # a list is refused below
+                check_booleans(config_class, layer)
         if presets:
             layers.insert(1, presets[OmegaConf.merge(*layers).protocol])
         config = OmegaConf.to_object(OmegaConf.merge(*layers))
     except OmegaConfBaseException as error:
         key = f"config key {error.full_key}: " if error.full_key else ""
         raise InputError(key + str(error).splitlines()[0]) from error
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{options.config}: no such config file") from error
     except Exception as error:  # the YAML parser's own kinds
@@ -147,20 +161,41 @@ def check_bounds(config: Any) -> None:
         InputError: naming the field.
     """
     for f in dataclasses.fields(config):
+        # The bounds of the field. `above` makes the usual `at_least=0` superfluous.
         value = getattr(config, f.name)
-        low, above, below = (f.metadata.get(name) for name in ("at_least", "above", "below"))
-        expected = "0 or more" if low == 0 else f"at least {low}"
-        if above is not None:
-            expected = f"more than {above}" if below is None else f"between {above} and {below}"
-        elif below is not None:
-            expected = f"{expected}, and less than {below}"
+        bounds = {name: f.metadata.get(name) for name in BOUNDS}
+        if bounds["above"] is not None:
+            bounds["at_least"] = None
+        bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+        expected = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+
+        # Its items if it is a list, its numbers, or its text.
+        if isinstance(value, list) and len({str(item) for item in value}) < len(value):
+            raise InputError(f"config key {f.name}: {value}, expected no item twice")
+        if str(f.type).startswith("list") and any(isinstance(item, list | dict) for item in value):
+            raise InputError(f"config key {f.name}: {value}, expected a list without lists in it")
         for number in numbers_in(value):
-            if not math.isfinite(number):
-                raise InputError(f"config key {f.name}: {value}, expected a finite number")
-            right = low is None or number >= low
-            right = right and (above is None or number > above) and (below is None or number < below)
-            if not right:
+            if not -LARGEST <= number <= LARGEST:  # nan is not either
+                raise InputError(f"config key {f.name}: {value}, expected a finite number of usual size")
+            if not all(BOUNDS[name](number, bound) for name, bound in bounds.items()):
                 raise InputError(f"config key {f.name}: {value}, expected {expected}")
+        if isinstance(value, str) and ("\0" in value or (f.default and not value.strip())):
+            raise InputError(f"config key {f.name}: {value!r}, expected a text")
+        holds = f.metadata.get("holds", "")
+        if holds and holds not in value:
+            raise InputError(f"config key {f.name}: {value!r}, expected a text with {holds} in it")
+
+
+def check_booleans(config_class: type, given: Any) -> None:
+    """Refuse numbers other than 0 and 1 for fields that are true or false: they would all be true.
+
+    Raises:
+        InputError: naming the field.
+    """
+    for f in dataclasses.fields(config_class):
+        value = given.get(f.name) if f.type == "bool" else None
+        if isinstance(value, int | float) and value not in (0, 1):
+            raise InputError(f"config key {f.name}: {value}, expected true or false")
 
 
 def numbers_in(value: Any) -> list[float]:
@@ -240,7 +275,7 @@ class TrainConfig:
     )
     seed: int = setting(0, "of the data order, the noise and the rollouts")
     block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
-    prompt: str = setting("{question}", "the user's turn; {question} is replaced")
+    prompt: str = setting("{question}", "the user's turn; {question} is replaced", holds="{question}")
 
     steps: int = setting(
         100, "optimizer steps (SFT) or rollout batches (DiPO)", above=0, heading="Optimizer", may_change=True
@@ -291,8 +326,8 @@ class TrainConfig:
     )
     eval_every: int = setting(0, "steps between evaluations; 0: never", may_change=True)
     eval_limit: int = setting(0, "only the first so many questions; 0: all", may_change=True)
-    eval_max_tokens: int = setting(64, "new tokens per response", may_change=True)
-    eval_threshold: float = setting(0.9, "of the dynamic, greedy decoding", may_change=True)
+    eval_max_tokens: int = setting(64, "new tokens per response", above=0, may_change=True)
+    eval_threshold: float = setting(0.9, "of the dynamic, greedy decoding", at_most=1, may_change=True)
 
     engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
     max_batch: int = setting(256, "responses that the engine generates at once", above=0, may_change=True)
@@ -310,6 +345,8 @@ class TrainConfig:
             raise InputError("config key cpu_offload: with lora_rank nothing is sharded, so nothing waits")
         if self.eval_every and not self.eval_data:
             raise InputError("config key eval_data: expected a question file, since eval_every is set")
+        if self.eval_data and not self.eval_every:
+            raise InputError("config key eval_every: expected how often, since eval_data is set")
         if self.eval_every:
             check_file(self.eval_data)
         if self.resume not in (True, False, "force"):
@@ -344,5 +381,7 @@ def check_file(path: str, otherwise: str = "") -> None:
     Args:
         otherwise: how it would be made.
     """
+    if Path(path).is_dir():
+        raise InputError(f"{path or 'an empty name'}: a folder, expected a data file")
     if not Path(path).is_file():
         raise InputError(f"{path}: no such data file" + (f": {otherwise}" if otherwise else ""))

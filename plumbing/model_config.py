@@ -33,10 +33,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         InputError: no such file, no JSON, no object with a model_type, a value that no model can have.
     """
     file = folder / "config.json"
+    if not file.is_file():  # a pipe would be waited for
+        raise InputError(f"{file}: no such file, so {folder} is no checkpoint")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: not a model config ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not a model config, expected JSON ({error})") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
