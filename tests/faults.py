@@ -13,6 +13,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -107,8 +108,26 @@ def failing_writes(patch: Callable, first: int, last: int, rank: int = -1) -> No
     patch(plumbing.run_folder, "write_tensors", failing)
 
 
-def slow(patch: Callable, phase: str, folder: str) -> None:
-    """Stay for 30 s in the second call of a phase, with a file FOLDER/there to tell."""
+def full(patch: Callable, folder: str, rank: int = -1) -> None:
+    """Below this folder there is no room for tensors any more (on this rank, else on all)."""
+    write = plumbing.checkpoint.write_tensors
+
+    def failing(file, *rest):
+        if Path(folder) in Path(file).parents and rank in (-1, own_rank()):
+            raise InputError(f"{file}: cannot write it (No space left on device)")
+        write(file, *rest)
+
+    patch(plumbing.checkpoint, "write_tensors", failing)
+    patch(plumbing.run_folder, "write_tensors", failing)
+
+
+def spare(patch: Callable, folder: str) -> None:
+    """What finds no room goes to this folder."""
+    patch(plumbing.run_folder, "spare_folder", lambda run: Path(folder))
+
+
+def slow(patch: Callable, phase: str, folder: str, rank: int = -1) -> None:
+    """Stay for 30 s in the second call of a phase (on this rank, else on all), with FOLDER/there to tell."""
     import evaluate
     import rollout
 
@@ -123,7 +142,7 @@ def slow(patch: Callable, phase: str, folder: str) -> None:
 
     def slowly(*arguments, **options):
         calls[0] += 1
-        if calls[0] == (1 if phase == "evaluate" else 2):
+        if calls[0] == 2 and rank in (-1, own_rank()):
             Path(folder, "there").touch()
             time.sleep(30)
         return ordinary(*arguments, **options)
@@ -141,7 +160,20 @@ def impatient(patch: Callable) -> None:
     patch(common, "PATIENCE", 0.5)
 
 
-FAULTS = {f.__name__: f for f in (nan_gradient, no_step, nan_row, failing_writes, slow, at_once, impatient)}
+def graders(patch: Callable) -> None:
+    """The workers that compare answers are there, one of them at work for long."""
+    from plumbing.answers import judge_all
+
+    judge_all([(r"\sqrt{x^2+2x+1}", "x+1", None), (r"\frac{x^2-1}{x-1}", "x+1", None)])
+
+
+def deaf(patch: Callable) -> None:
+    """The process was started with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+ALL = (nan_gradient, no_step, nan_row, failing_writes, full, spare, slow, at_once, impatient, graders, deaf)
+FAULTS = {fault.__name__: fault for fault in ALL}
 
 
 def install(faults: str, patch: Callable) -> None:
@@ -186,7 +218,7 @@ def works(script: str, argv: list[str]) -> str:
 
 def told(stderr: str) -> list[str]:
     """The lines of standard error without those of bars and of the choice of an engine."""
-    bar = re.compile(r"\w+: *(\d+%|\d+/\d+ )|engine: (torch|lmdeploy)$")
+    bar = re.compile(r"[\w.-]+: *(\d+%|\d+/\d+ )|engine: (torch|lmdeploy)$")
     return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not bar.match(line.strip())]
 
 
