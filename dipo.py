@@ -42,9 +42,7 @@ class DiPOConfig(TrainConfig):
     groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
     group_size: int = setting(16, "rollouts per question (G)", at_least=2)
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
-    rewards: dict[str, float] = setting(
-        {"accuracy": 1.0}, "name: weight; accuracy: 0 leaves that out", at_least=None
-    )
+    rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; 0: left out", at_least=None)
     reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
     log_rollouts: int = setting(2, "rollouts per step that go into rollouts.jsonl", may_change=True)
 
@@ -341,16 +339,14 @@ def action_weight(
     return 1 / (trajectory_tokens * config.group_size * all_groups)
 
 
-def engine_gap(
-    logprobs: torch.Tensor, engine_logprobs: torch.Tensor, held: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def engine_gap(ours: torch.Tensor, theirs: torch.Tensor, held: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums and maximum of |trainer - engine| log-probability over reveals, and its k3-KL.
 
     Both scored the same tokens in the same states, so in float32 it is rounding (< 1e-4). It grows
     if mask, positions, cache, step map, temperature or a stale weight disagree. The guard looks at the
     mean of the capped one, to which a single token, however far off, adds 1 at most.
     """
-    ours, theirs = logprobs[~held], engine_logprobs[~held]
+    ours, theirs = ours[~held], theirs[~held]
     gap = (ours - theirs).abs()
     return {
         "gap": gap.sum(),
@@ -520,8 +516,8 @@ def main(config: DiPOConfig) -> None:
     order = DataOrder(len(questions), config.seed, folder.cursor)
     if config.eval_every:
         eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
-        limits = (config.eval_max_tokens, engine, config.too_long)
-        eval_questions = fitting_questions(eval_questions, tokenizer, config.prompt, *limits)
+        limit = config.eval_max_tokens
+        eval_questions = fitting_questions(eval_questions, tokenizer, engine, config, limit)
 
     bar = progress(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):

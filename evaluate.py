@@ -134,6 +134,7 @@ from typing import TYPE_CHECKING
 from plumbing import report
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
 from plumbing.common import progress, read_records, write_json, writing
+from plumbing.kept import check_response
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import gather, rank_and_world, start_distributed
 from plumbing.report import Results
@@ -269,12 +270,11 @@ def majority_is_right(group: list[Graded]) -> bool:
 
 # -------------------------------------------------------------------- responses kept on disk
 
+Benchmarks = dict[str, list[Question]]  # by name
 KEPT = ("response_ids", "steps", "num_tokens", "finish_reason", "seed")  # of a rollout
 
 
-def claim_folder(
-    out: Path, model: Path, config: EvalConfig, benchmarks: dict[str, list[Question]]
-) -> IO[str] | None:
+def claim_folder(out: Path, model: Path, config: EvalConfig, benchmarks: Benchmarks) -> IO[str] | None:
     """Lock out, and write to out/config.json all settings that decide the responses.
 
     Raises:
@@ -310,8 +310,7 @@ def read_kept(out: Path, name: str) -> dict[int, dict[str, Any]]:
         except InputError as error:
             raise InputError(f"{error}; remove {out} to start again") from error
         for where, record in records:
-            if "seed" not in record:
-                raise InputError(f"{where}: not a response; remove {out} to start again")
+            check_response(record, where, out)
             kept[record["seed"]] = record
     return kept
 
@@ -427,7 +426,7 @@ def main(config: EvalConfig) -> None:
     lock = claim_folder(out, folder, config, benchmarks)
     engine = make_engine(folder, tokenizer, config.block_size, config, out / f"engine-rank{rank}.log")
     for name, questions in benchmarks.items():
-        benchmarks[name] = fitting_questions(questions, tokenizer, config.prompt, config.max_tokens, engine)
+        benchmarks[name] = fitting_questions(questions, tokenizer, engine, config, config.max_tokens)
 
     # Every benchmark under every decoding.
     results: Results = {label: {} for label in named}

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from plumbing.config import Rule
 
 
-RESENDS = 3  # of the weights to an engine that lost them, in one call of generate_all
+RESENDS = 3  # of the weights to an engine that lost them, without any rollout in between
 
 
 # -------------------------------------------------------------------- the records of a response
@@ -228,11 +228,11 @@ def generate_all(
         weights: the trainer's weights now; None: the checkpoint's, which no engine can lose.
 
     Raises:
-        InputError: sending the weights RESENDS times did not help.
+        InputError: sending the weights RESENDS times brought no further rollout.
     """
     rollouts: list[Rollout | None] = [None] * len(prompts)
-    todo = range(len(prompts))
-    for _ in range(RESENDS + 1):
+    todo, left, in_vain = range(len(prompts)), -1, 0
+    while in_vain < RESENDS:
         # What this rank still lacks.
         missing = [prompts[i] for i in todo], [seeds[i] for i in todo]
         new = engine.generate(*missing, how, lambda r: r.is_sound and done(r))
@@ -241,8 +241,10 @@ def generate_all(
         todo = [i for i in todo if rollouts[i] is None]
 
         # Until no rank lacks any.
-        if not any(gather(bool(todo))):
+        before, left = left, sum(gather(len(todo)))
+        if not left:
             return rollouts
+        in_vain = in_vain + 1 if left == before else 0
         if weights is None:
             break
         engine.update_weights(weights())

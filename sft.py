@@ -189,8 +189,7 @@ def main(config: SFTConfig) -> None:
     if config.eval_every:
         engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
         questions = read_questions(config.eval_data)[: config.eval_limit or None]
-        limits = (config.eval_max_tokens, engine, config.too_long)
-        questions = fitting_questions(questions, tokenizer, config.prompt, *limits)
+        questions = fitting_questions(questions, tokenizer, engine, config, config.eval_max_tokens)
         engine.sleep()
 
     guard = Guard(config)  # over loss and gradient

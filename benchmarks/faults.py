@@ -22,6 +22,7 @@ Tiny models on the CPU; processes are forks of one with the imports done, so tha
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -182,11 +183,15 @@ def use_lmdeploy(zygote: int, fault: dict[str, Any]) -> None:
     engine.silence_seconds, engine.start_seconds = 3, 30
     start = engine._start
 
+    def strike(pid: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(pid, number)
+
     def start_and_strike(self) -> None:
         start(self)
         for name, number in (("engine killed", signal.SIGKILL), ("engine stopped", signal.SIGSTOP)):
             if name in fault:
-                threading.Timer(fault.pop(name), os.kill, (self._process.pid, number)).start()
+                threading.Timer(fault.pop(name), strike, (self._process.pid, number)).start()
 
     engine._start = start_and_strike
 

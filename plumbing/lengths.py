@@ -56,19 +56,13 @@ def fitting(items: list[Item], lengths: list[int], limit: int, expected: str, to
 
 
 def fitting_questions(
-    questions: list[Question],
-    tokenizer: Any,
-    prompt: str,
-    max_tokens: int,
-    engine: Roomy,
-    too_long: str = "error",
+    questions: list[Question], tokenizer: Any, engine: Roomy, config: Any, max_tokens: int
 ) -> list[Question]:
-    """Those of the questions whose prompt and response fit into the model's positions.
+    """Those of the questions whose prompt and response fit into the engine's positions.
 
     Args:
-        prompt: the user's turn; {question} is replaced.
+        config: has prompt, the user's turn, in which {question} is replaced; perhaps too_long, see `fitting`.
         max_tokens: of the response; prompt and response are filled up to whole blocks.
-        too_long: see `fitting`.
 
     Raises:
         InputError: see `fitting`.
@@ -76,7 +70,7 @@ def fitting_questions(
     lengths = []
     quiet = rank_and_world()[0] > 0
     for question in progress(questions, desc="lengths", unit="question", leave=False, disable=quiet):
-        lengths.append(len(encode_prompt(tokenizer, prompt.replace("{question}", question.text))))
+        lengths.append(len(encode_prompt(tokenizer, config.prompt.replace("{question}", question.text))))
     room = engine.positions // engine.block_size * engine.block_size - max_tokens
     expected = f"since the model has {engine.positions} positions and max_tokens is {max_tokens}"
-    return fitting(questions, lengths, room, expected, too_long)
+    return fitting(questions, lengths, room, expected, getattr(config, "too_long", "error"))

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import (
 )
 
 from plumbing.balance import plan_packs, plan_ranks
+from plumbing.common import InputError, first_line
+from plumbing.launch import check_launch
 
 BACKEND = "cpu:gloo,cuda:nccl"  # what waits in the host's memory, and rollouts, travel by gloo
 Item = TypeVar("Item")
@@ -31,13 +33,21 @@ Item = TypeVar("Item")
 
 
 def start_distributed(backend: str = "") -> tuple[int, int, torch.device]:
-    """(rank, world size, device); starts the process group under torchrun, by default gloo or NCCL."""
+    """(rank, world size, device); starts the process group under torchrun, by default gloo or NCCL.
+
+    Raises:
+        InputError: environment variables under which the ranks would not find each other.
+    """
     cuda = torch.cuda.is_available()
+    check_launch(torch.cuda.device_count() if cuda else 0)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend or (BACKEND if cuda else "gloo"), timeout=timedelta(hours=2))
+        try:
+            dist.init_process_group(backend or (BACKEND if cuda else "gloo"), timeout=timedelta(hours=2))
+        except dist.DistNetworkError as error:
+            raise InputError(f"environment variable MASTER_PORT: {first_line(error)}") from error
     return *rank_and_world(), device
 
 

@@ -33,6 +33,7 @@ from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny,
 from plumbing.common import InputError, lock, tell, write_json, writing
 from plumbing.config import TrainConfig
 from plumbing.identity import differences, identity, read_identity, shortened_logs
+from plumbing.kept import read_settings
 from plumbing.ranks import barrier, gather, rank_and_world
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
@@ -369,7 +370,7 @@ def claim(out: Path, run: dict[str, Any], in_use: bool) -> IO[str] | None:
     held = lock(out) if rank_and_world()[0] == 0 else None
     file = out / "config.json"
     if in_use:
-        before = json.loads(file.read_text()) if file.exists() else {}
+        before = read_settings(file)
         changed = [name for name in run if before.get(name) != json.loads(json.dumps(run[name]))]
         if changed:
             raise InputError(
