@@ -510,9 +510,7 @@ def main(config: DiPOConfig) -> None:
     guard = Guard(config, engine.dtype)
 
     # The questions, and their order, which goes on where a resumed run stopped.
-    questions = fitting_questions(
-        questions, tokenizer, config.prompt, config.max_tokens, engine, config.too_long
-    )
+    questions = fitting_questions(questions, tokenizer, engine, config, config.max_tokens)
     order = DataOrder(len(questions), config.seed, folder.cursor)
     if config.eval_every:
         eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]

@@ -247,6 +247,8 @@ def generate_all(
         in_vain = in_vain + 1 if left == before else 0
         if weights is None:
             break
+        if todo:
+            tell(f"{len(todo)} rollouts are lost or nan: the engine gets the weights again")
         engine.update_weights(weights())
         engine.wake()
     raise InputError("the rollout engine has no sound weights: what it computes is nan, or it dies again")

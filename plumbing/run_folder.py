@@ -69,8 +69,6 @@ class RunFolder:
         self.initial = self._initial_model()
         self.weights = self._checkpoint or self.initial
         self.base = self.initial if config.lora_rank else self.weights
-        if not self.base.is_dir() or (getattr(config, "kl_beta", 0) and not self.initial.is_dir()):
-            raise InputError(f"{self.initial}: the run in {self.path} began with it, and it is gone")
         self.engine_log = self.path / f"engine-rank{self.rank}.log"
         self._wandb = self._start_wandb()
         self._copied = read_copied(self.weights)  # now, since the folder may go away
@@ -95,6 +93,10 @@ class RunFolder:
         changes += shortened_logs(self.path, state["log_bytes"])
         if changes and resume != "force":
             raise InputError(f"{self.path} holds another run: {'; '.join(changes)} (resume=force goes on)")
+        began_with = self._identity["model"]["folder"]
+        needed = not newest or self.config.lora_rank or getattr(self.config, "kl_beta", 0)
+        if began_with and needed and not Path(began_with).is_dir():
+            raise InputError(f"{began_with}: the run in {self.path} began with it, and it is gone")
 
         # Take it over: note what it is, and cut off what was done after the checkpoint.
         barrier()
