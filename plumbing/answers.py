@@ -136,7 +136,7 @@ REWRITES = [
     (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
+    (r"(?:(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s)+", " "),  # no two spaces from here on
     # other names for the same command; degrees, percent, separators, money
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(l|g)(?:e|eq|eqslant)(?![a-z])", r"\\\1e "),
@@ -144,7 +144,7 @@ REWRITES = [
     (r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])|\\text\{\s*degrees?\s*\}", "°"),
     (r"\\%|\\text\{\s*(?:\\?%|percent)\s*\}|\s*\bpercent\b", "%"),
     (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))|;", ","),
-    (r"\\text\{([^{}]*[\d,;][^{}]*)\}", r"\1", "whole"),
+    (r"\\text\{([^{}\d,;]*[\d,;][^{}]*)\}", r"\1", "whole"),
     (r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}"),
     (r"(?<![\d,(\[{])(\d{1,3}(?:,\d{3})+)(?![\d)\]}]|,\d)", lambda m: m[1].replace(",", "")),
     # arguments without braces, commands without backslash
@@ -158,7 +158,7 @@ REWRITES = [
     (r"\*\*", "^"),
     (r"([\^_])\s*(-?\d+|[A-Za-z])", r"\1{\2}"),
     # a leading `x \\in`, marks at the ends, spaces that separate no words
-    (r"^\\?[A-Za-z](?:_\{\w+\})?\s*\\in(?![a-z])|[\s.,:]+$|^[\s,+]+", ""),
+    (r"^\\?[A-Za-z](?:_\{\w+\})?\s*\\in(?![a-z])|(?<![\s.,:])[\s.,:]+$|^[\s,+]+", ""),
     (r"(?<=\d) +(?=[A-Za-z])|(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
 ]  # fmt: skip
 REWRITES = [(re.compile(p, re.DOTALL), r, bool(whole)) for p, r, *whole in REWRITES]
@@ -229,8 +229,8 @@ def _compare_numbers(answer: str, gold: str, tolerance: float | None) -> Verdict
 
 def _decimals(text: str) -> int | None:
     """Digits after the point of a decimal, None for anything else."""
-    found = re.fullmatch(r"[+-]?\d*\.?(\d*)", text)
-    return len(found[1]) if found and "." in text else None
+    found = re.fullmatch(r"[+-]?\d*\.(\d*)", text)
+    return len(found[1]) if found else None
 
 
 def _is_rounded(a, g, *digits: int | None) -> bool:
