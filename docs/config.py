@@ -15,7 +15,9 @@ from sft import SFTConfig  # noqa: E402
 HEAD = """# Config fields
 
 Made by `python docs/config.py` from the code, where each field says what it means; `--help` prints the same.
-A field is set in the YAML file of `--config` or as `key=value`, which wins.
+A field is set in the YAML file of `--config` or as `key=value`, which wins. A star marks the fields of training
+runs that may have another value when the run is resumed: they do not change what it computes. (`steps` may
+while the schedule is constant.)
 """
 
 
@@ -27,7 +29,7 @@ def table(docs: list[FieldDoc]) -> list[str]:
             title = [f"### {doc.heading}", ""] if doc.heading else []
             lines += ["", *title, "| field | default | meaning |", "|---|---|---|"]
         meaning = doc.meaning.replace("|", "\\|")
-        lines.append(f"| `{doc.name}` | `{doc.default}` | {meaning} |")
+        lines.append(f"| `{doc.name}`{' *' * doc.may_change} | `{doc.default}` | {meaning} |")
     return lines
 
 

@@ -215,6 +215,7 @@ class FieldDoc:
     default: str  # as it would be typed
     meaning: str
     heading: str
+    may_change: bool  # when the run is resumed
 
 
 def field_docs(config_class: type) -> list[FieldDoc]:
@@ -226,7 +227,8 @@ def field_docs(config_class: type) -> list[FieldDoc]:
         choices = get_args(hints[f.name]) if isinstance(default, str) else ()
         if choices:
             meaning = f"{' | '.join(choices)}: {meaning}"
-        docs.append(FieldDoc(f.name, as_typed(default), meaning, f.metadata.get("heading", "")))
+        heading, free = f.metadata.get("heading", ""), f.metadata.get("may_change", False)
+        docs.append(FieldDoc(f.name, as_typed(default), meaning, heading, free))
     return docs
 
 
