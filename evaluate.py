@@ -133,7 +133,7 @@ from typing import TYPE_CHECKING
 
 from plumbing import report
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
-from plumbing.common import progress, read_records, write_json, writing
+from plumbing.common import printable, progress, read_records, write_json, writing
 from plumbing.kept import check_response
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import gather, rank_and_world, start_distributed
@@ -458,7 +458,7 @@ def write_report(config: EvalConfig, results: Results) -> None:
     settings = dataclasses.asdict(config) | {"model": str(find_folder(config.model))}
     write_json(out / "summary.json", {"config": settings, **means, "benchmarks": results})
     print(text)
-    print(f"wrote {out}/summary.json, table.md and the responses beside them")
+    print(f"wrote {printable(str(out))}/summary.json, table.md and the responses beside them")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,10 @@ def correct_by_question(file: Path) -> dict[tuple[int, str, str], list[bool]]:
             correct.setdefault(question, []).append(record["correct"])
         except KeyError as error:
             raise InputError(f"{where}: no {error} in this answer") from error
+        except TypeError as error:
+            raise InputError(f"{where}: `question` or `gold` is no text") from error
+        if not isinstance(record["correct"], bool):
+            raise InputError(f"{where}: `correct` is {record['correct']!r}, expected true or false")
     return correct
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plumbing.common import InputError, read_records, run_script
+from plumbing.common import InputError, parse_json, read_records, run_script
 from plumbing.config import Parser
 
 Row = dict[str, Any]
@@ -278,12 +278,23 @@ def download(name: str, folder: Path, source: Source, entry: dict | None = None)
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
-    """The manifest of a folder; empty if there is none."""
+    """The manifest of a folder; empty if there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
     path = folder / "manifest.json"
+    if not path.exists():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        for entry in manifest.values():
+            entry["repo"] + entry["revision"], entry["upstream"].items(), entry["local"].items()
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no manifest of this program ({error}); remove it to start again") from error
+    return manifest
 
 
 def download_all(names: Iterable[str], folder: Path, source: Source, update: bool = False) -> None:

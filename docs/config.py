@@ -15,7 +15,7 @@ from sft import SFTConfig  # noqa: E402
 HEAD = """# Config fields
 
 Made by `python docs/config.py` from the code, where each field says what it means; `--help` prints the same.
-A field is set in the YAML file of `--config` or as `key=value`, which wins. A star marks the fields of training
+A field is set in the YAML file of `--config` or as `key=value`, which wins. A star marks fields of training
 runs that may have another value when the run is resumed: they do not change what it computes. (`steps` may
 while the schedule is constant.)
 """

@@ -800,7 +800,7 @@ def explain_file(path: str) -> None:
     Raises:
         InputError: a record without a text or a gold answer; the message names file and line.
     """
-    from plumbing.common import InputError, read_records  # all else here is of this file alone
+    from plumbing.common import InputError, printable, read_records  # all else here is of this file alone
 
     # The answer in every text.
     cases = []
@@ -809,14 +809,19 @@ def explain_file(path: str) -> None:
         golds = [record[name] for name in ("gold", "ground_truth_answer", "answer") if name in record]
         if not texts or not golds:
             raise InputError(f"{where}: expected an object with `text` or `response`, and `gold` or `answer`")
-        if not isinstance(record.get("tolerance"), int | float | None):
-            raise InputError(f"{where}: `tolerance` is {record['tolerance']!r}, expected a number")
-        cases.append(Case(extract_answer(str(texts[0])), str(golds[0]), record.get("tolerance")))
+        if not isinstance(texts[0], str) or not _gold_text(golds[0]):
+            raise InputError(f"{where}: expected a text in `text` or `response`, and one in `gold` or `answer`")
+        try:
+            tolerance = tolerance_of(record.get("tolerance"))
+        except ValueError:
+            found = record["tolerance"]
+            raise InputError(f"{where}: `tolerance` is {found!r}, expected a number of 0 or more") from None
+        cases.append(Case(extract_answer(texts[0]), _gold_text(golds[0]), tolerance))
 
     # No box is judged as an empty answer.
     verdicts = judge_all([(case.answer or "", case.gold, case.tolerance) for case in cases])
     for number, (case, verdict) in enumerate(zip(cases, verdicts, strict=True), start=1):
-        print(f"{number} {'right' if verdict.equal else 'wrong'}: {verdict.why}")
+        print(f"{number} {'right' if verdict.equal else 'wrong'}: {printable(verdict.why)}")
         for name, text in (("answer", case.answer), ("gold", case.gold)):
             form = "no closed box"
             if text is not None:

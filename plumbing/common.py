@@ -50,6 +50,8 @@ class progress(tqdm):  # noqa: N801, it stands where tqdm would
     def __init__(self, *arguments: Any, **options: Any):
         self._plain = not sys.stderr.isatty()
         self._next_line = time.monotonic() + self.line_seconds
+        if options.get("desc"):  # perhaps the name of a file
+            options["desc"] = printable(options["desc"])
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from plumbing.common import printable
+
 Results = dict[str, dict[str, dict[str, Any]]]  # figures by decoding rule and benchmark
 BOOTSTRAP_DRAWS = 10_000
 
@@ -88,6 +90,11 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float]) -> tuple[float, flo
     return float(mean), *bootstrap_interval(differences), float((away.sum() + 1) / (len(away) + 1))
 
 
+def cell(text: str) -> str:
+    """A name as it may stand in a table: without what breaks its lines and columns, or moves a terminal."""
+    return printable(text).replace("|", "\\|")
+
+
 def average(benchmarks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures of several benchmarks as one, each benchmark with the same weight, as papers do."""
     if len(benchmarks) == 1:
@@ -114,7 +121,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "accuracy_low" in s:
             interval = f"{100 * s['accuracy_low']:.1f} to {100 * s['accuracy_high']:.1f}"
         lines.append(
-            f"| {name} | {s['questions']} | {s['samples']} | {100 * s['accuracy']:.1f} % | {interval} "
+            f"| {cell(name)} | {s['questions']} | {s['samples']} | {100 * s['accuracy']:.1f} % | {interval} "
             f"| {100 * s['pass_at_k']:.1f} % | {100 * s['maj_at_k']:.1f} % | {s['tpf']:.2f} "
             f"| {s['tokens']:.1f} | {100 * s['truncated']:.1f} % | {s['tokens_per_second']:.0f} |"
         )
@@ -149,7 +156,7 @@ def published_table(model: str, protocol: str, results: Results) -> str:
     """
     lines = [
         f"Accuracy in % / tokens per forward / mean response tokens. Published: {PUBLISHED_SOURCE}, not "
-        f"measured here. **Measured**: this run, protocol {protocol}.",
+        f"measured here. **Measured**: this run, protocol {printable(protocol)}.",
         "",
         f"| | model | {' | '.join(BENCHMARKS.values())} | mean accuracy |",
         "|---|---|" + "---:|" * (len(BENCHMARKS) + 1),
@@ -163,7 +170,7 @@ def published_table(model: str, protocol: str, results: Results) -> str:
         ]
         complete = benchmarks.keys() >= BENCHMARKS.keys()
         mean = f"{100 * fmean(benchmarks[n]['accuracy'] for n in BENCHMARKS):.1f}" if complete else "-"
-        lines.append(f"| **measured** | **{model}, {rule}** | {' | '.join(cells)} | {mean} |")
+        lines.append(f"| **measured** | **{cell(model)}, {rule}** | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines)
 
 
@@ -172,13 +179,13 @@ def comparison_table(
 ) -> str:
     """Markdown: by name of a benchmark and rule, the accuracies per question of the first and second run."""
     lines = [
-        f"| | questions | {first} | {second} | difference | 95 % | p |",
+        f"| | questions | {cell(first)} | {cell(second)} | difference | 95 % | p |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, (a, b) in rows.items():
         difference, low, high, p = paired_bootstrap(a, b)
         lines.append(
-            f"| {name} | {len(a)} | {100 * fmean(a):.1f} % | {100 * fmean(b):.1f} % "
+            f"| {cell(name)} | {len(a)} | {100 * fmean(a):.1f} % | {100 * fmean(b):.1f} % "
             f"| {100 * difference:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} | {p:.4f} |"
         )
     return "\n".join(lines)
@@ -195,9 +202,10 @@ def plot_sweep(path: Path, thresholds: list[float], results: Results) -> None:
 
     # A colour per benchmark; static decoding as a dashed line or a star.
     thresholds = sorted(thresholds)
-    for number, benchmark in enumerate(next(iter(results.values()))):
-        rows = [results[f"dynamic-{t:g}"][benchmark] for t in thresholds]
-        static, color = results.get("static", {}).get(benchmark), f"C{number}"
+    for number, name in enumerate(next(iter(results.values()))):
+        rows = [results[f"dynamic-{t:g}"][name] for t in thresholds]
+        static, color = results.get("static", {}).get(name), f"C{number}"
+        benchmark = printable(name).replace("$", "\\$")  # what stands between $ would be set as mathematics
         _accuracies(axes[0, 0], thresholds, rows, "o-", color, benchmark)
         axes[1, 0].plot(thresholds, [row["tpf"] for row in rows], "o-", ms=5, lw=1.2, c=color)
         if static:

@@ -326,12 +326,12 @@ class RunFolder:
 
 
 def as_json(value: Any) -> Any:
-    """The value with texts in place of nan and infinity, which are no JSON."""
+    """The value with None (null) in place of nan and infinity, which are no JSON."""
     if isinstance(value, dict):
         return {name: as_json(v) for name, v in value.items()}
     if isinstance(value, list):
         return [as_json(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checkpoints(run: Path) -> list[Path]:
