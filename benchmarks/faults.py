@@ -291,8 +291,9 @@ def wait(forks: list, seconds: float) -> bool:
 def send(forks: list, number: int) -> None:
     """A signal to all that still run."""
     for fork in forks:
-        if fork.poll() is None:
-            os.kill(fork.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may end at this moment
+            if fork.poll() is None:
+                os.kill(fork.pid, number)
 
 
 # ------------------------------------------------------------------------------------------- a chain
