@@ -37,6 +37,8 @@ import torch
 
 from plumbing import report
 from plumbing.balance import plan_packs
+from plumbing.common import run_script
+from plumbing.config import Parser, picture_name
 from plumbing.kernels import tiles_of_ranges
 
 if TYPE_CHECKING:
@@ -399,10 +401,8 @@ def plot(packed: Packed, labels: list[str], path: str) -> None:
 
 def main() -> None:
     """Plot two small trajectories in one row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("picture", nargs="?", default="masking.png", help="PNG to write")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", nargs="?", type=picture_name, default="masking.png", help="PNG to write")
     path = parser.parse_args().picture
     four, six = ({"logprobs": [0.0] * n, "hold_bounds": [1.0] * n} for n in (4, 6))
     trajectories = [
@@ -417,4 +417,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,6 +44,7 @@ from transformers.conversion_mapping import (
 import plumbing.checkpoint as checkpoints
 from masking import HOLD, TILE, Packed, block_mask, dense_mask, padded, visible
 from plumbing.common import InputError, run_script
+from plumbing.config import Parser, folder_name
 from plumbing.kernels import (
     ScoreChunks,
     SegmentAttention,
@@ -402,10 +403,8 @@ def choose_block_size(wanted: int, model_config: Any) -> int:
 
 def main() -> None:
     """Write a tiny checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", nargs="?", default="runs/tiny", help="where to write it")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=folder_name, default="runs/tiny", help="where to write it")
     folder = checkpoints.tiny(parser.parse_args().folder)
     size = sum(p.numel() for p in load(folder).parameters())
     tokens = len(checkpoints.load_tokenizer(folder))

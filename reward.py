@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from plumbing import own_reward
 from plumbing.answers import GOLD_NAMES, explain_file, extract_answer, gold_answer, judge_all, tolerance_of
 from plumbing.common import InputError, read_records, run_script
+from plumbing.config import Parser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -323,9 +324,7 @@ def show_examples() -> None:
 
 def main() -> None:
     """Show examples, or explain the verdicts on a file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", metavar="FILE", help="JSON Lines with text and gold")
     options = parser.parse_args()
     if options.check:

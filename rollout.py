@@ -46,8 +46,9 @@ from plumbing.checkpoint import (
     stop_ids,
 )
 from plumbing.common import InputError, run_script, tell
-from plumbing.config import Parser
+from plumbing.config import Parser, readable
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
+from plumbing.guard import together
 from plumbing.ranks import gather, rank_and_world
 
 if TYPE_CHECKING:
@@ -235,7 +236,8 @@ def generate_all(
     while in_vain < RESENDS:
         # What this rank still lacks.
         missing = [prompts[i] for i in todo], [seeds[i] for i in todo]
-        new = engine.generate(*missing, how, lambda r: r.is_sound and done(r))
+        with together():
+            new = engine.generate(*missing, how, lambda r: r.is_sound and done(r))
         for i, rollout in zip(todo, new, strict=True):
             rollouts[i] = rollout if rollout is not None and rollout.is_sound else None
         todo = [i for i in todo if rollouts[i] is None]
@@ -581,7 +583,7 @@ def main() -> None:
     """Print one trajectory, block by block and step by step."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder or hub id")
-    parser.add_argument("question")
+    parser.add_argument("question", type=readable)
     options = parser.parse_args()
 
     model, tokenizer = load(options.checkpoint), load_tokenizer(options.checkpoint)

@@ -18,7 +18,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.common import InputError, read_records, run_script
-from plumbing.config import Parser
+from plumbing.config import Parser, folder_name
 from plumbing.report import comparison_table
 
 
@@ -64,7 +64,9 @@ def correct_by_question(file: Path) -> dict[tuple[int, str, str], list[bool]]:
 def main() -> None:
     """Compare the two runs of the command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="folder of a finished evaluation")
+    parser.add_argument(
+        "runs", nargs=2, type=folder_name, metavar="RUN", help="folder of a finished evaluation"
+    )
     print(compare(*parser.parse_args().runs))
 
 

@@ -29,8 +29,9 @@ from typing import Any, NamedTuple, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from plumbing.answers import gold_answer
 from plumbing.common import InputError, parse_json, read_records, run_script
-from plumbing.config import Parser
+from plumbing.config import Parser, folder_name
 
 Row = dict[str, Any]
 ROWS = ("*.json", "*.jsonl", "*.parquet")
@@ -39,9 +40,22 @@ ROWS = ("*.json", "*.jsonl", "*.parquet")
 # --------------------------------------------------------------------------------------- converters
 
 
+def answer_text(answer: Any) -> str:
+    """An answer as text.
+
+    Raises:
+        ValueError: it is none, such as null.
+    """
+    if not gold_answer({"answer": answer}):
+        raise ValueError(f"no answer: {answer!r}")
+    return str(answer).strip()
+
+
 def convert_problem(row: Row) -> Row:
     """MATH500, AIME: `problem` and `answer` of rows that also hold solutions and sources."""
-    return {"problem": row["problem"].strip(), "answer": str(row["answer"]).strip()}
+    if not row["problem"].strip():
+        raise ValueError("no question")
+    return {"problem": row["problem"].strip(), "answer": answer_text(row["answer"])}
 
 
 def convert_gsm8k(row: Row) -> Row:
@@ -77,7 +91,7 @@ def convert_rl(row: Row) -> Row:
     answer = next(row[name] for name in names if row.get(name) is not None)
     if not isinstance(question, str):
         raise ValueError("the question is no text")
-    return {"question": question, "ground_truth_answer": str(answer)}
+    return {"question": question, "ground_truth_answer": answer_text(answer)}
 
 
 def convert_sft(row: Row) -> Row:
@@ -293,7 +307,7 @@ def read_manifest(folder: Path) -> dict[str, dict]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no manifest of this program ({error}); remove it to start again") from error
+        raise InputError(f"{path}: not what this program wrote ({error}); remove it") from error
     return manifest
 
 
@@ -316,8 +330,8 @@ def main(argv: list[str] | None = None) -> None:
     """Download what the command line names."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="data sets and models; none: list them")
-    parser.add_argument("--out", type=Path, default=Path("data/hub"), help="folder (default data/hub)")
-    parser.add_argument("--source", type=Path, help="a folder in place of the hub")
+    parser.add_argument("--out", type=folder_name, default=Path("data/hub"), help="folder (default data/hub)")
+    parser.add_argument("--source", type=folder_name, help="a folder in place of the hub")
     parser.add_argument("--update", action="store_true", help="take the newest revision, not the manifest's")
     options = parser.parse_args(argv)
     if not options.names:

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.common import InputError, run_script
-from plumbing.config import Parser
+from plumbing.config import Parser, folder_name
 
 
 def solve(terms: list[int]) -> str:
@@ -124,7 +124,7 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
         InputError: an unknown or a bad one.
     """
     parser = Parser(description="Generate the tiny arithmetic task.", allow_abbrev=False)
-    parser.add_argument("--out", type=Path, default=Path("data/generated"), help="folder, created")
+    parser.add_argument("--out", type=folder_name, default=Path("data/generated"), help="folder, created")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sft", type=int, default=20000, help="rows of sft.jsonl")
     parser.add_argument("--rl", type=int, default=20000, help="rows of rl.jsonl")

@@ -810,7 +810,7 @@ def explain_file(path: str) -> None:
         if not texts or not golds:
             raise InputError(f"{where}: expected an object with `text` or `response`, and `gold` or `answer`")
         if not isinstance(texts[0], str) or not _gold_text(golds[0]):
-            raise InputError(f"{where}: expected a text in `text` or `response`, and one in `gold` or `answer`")
+            raise InputError(f"{where}: expected texts in `text` (or `response`) and `gold` (or `answer`)")
         try:
             tolerance = tolerance_of(record.get("tolerance"))
         except ValueError:

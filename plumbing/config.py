@@ -70,6 +70,27 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+def folder_name(text: str) -> Path:
+    """A path of the command line; an empty one, often a shell variable that is not set, is none."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
+
+
+def picture_name(text: str) -> str:
+    """A file of the command line that matplotlib is to write."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a name that ends with .png")
+    return text
+
+
+def readable(text: str) -> str:
+    """A text of the command line that a tokenizer can read."""
+    if not text.strip() or text != text.encode(errors="replace").decode():
+        raise argparse.ArgumentTypeError("expected a text in UTF-8")
+    return text
+
+
 def read_arguments(config_class: type[Config], presets: Mapping[str, dict[str, Any]] | None = None) -> Config:
     """`load_config` of this process's arguments; a bad one ends in one line and exit code 2.
 
