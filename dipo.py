@@ -94,7 +94,7 @@ from masking import HOLD, Packed, pack, replay
 from model import choose_block_size, load_for_training
 from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
 from plumbing.common import DataOrder, Stopwatch, progress
-from plumbing.guard import Guard, noted
+from plumbing.guard import Guard, noted, together
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
@@ -267,11 +267,12 @@ def sample_groups(
         )
 
     # Grade them, and cut the list into groups.
-    graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
     groups = []
-    for i, (number, _) in enumerate(asked):
-        of_question = graded[i * config.group_size : (i + 1) * config.group_size]
-        groups.append(make_group(number, of_question, config))
+    with together():
+        graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
+        for i, (number, _) in enumerate(asked):
+            of_question = graded[i * config.group_size : (i + 1) * config.group_size]
+            groups.append(make_group(number, of_question, config))
     return groups
 
 

@@ -47,8 +47,8 @@ from plumbing.checkpoint import (
 )
 from plumbing.common import InputError, run_script, tell
 from plumbing.config import Parser, readable
-from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.guard import together
+from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.ranks import gather, rank_and_world
 
 if TYPE_CHECKING:

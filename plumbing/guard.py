@@ -9,6 +9,8 @@ at is summed over the ranks already.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from plumbing.common import InputError, tell
@@ -24,6 +26,21 @@ def noted(value: float, what: str) -> float:
     if not math.isfinite(value) and note not in NOTES:
         NOTES.append(note)
     return value
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Bad input that one rank meets in here ends all of them, so that none waits for another; for every rank.
+
+    Nothing in here may wait for the other ranks.
+    """
+    problem = ""
+    try:
+        yield
+    except InputError as error:
+        problem = str(error) or "bad input"
+    if problem := next(filter(None, gather(problem)), ""):
+        raise InputError(problem)
 
 
 class Guard:

@@ -89,7 +89,8 @@ def read_identity(run: Path) -> dict[str, Any] | None:
         found["model"]["name"], found["model"]["folder"], found["model"]["fingerprint"]
         found["script"], found["data"]["sha256"], found["fields"].items(), found["forced"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: cannot resume from it ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: damaged ({reason}); without it resume=force goes on") from error
     return found
 
 

@@ -160,6 +160,21 @@ def impatient(patch: Callable) -> None:
     patch(common, "PATIENCE", 0.5)
 
 
+def bad_reward(patch: Callable, call: int, rank: int = -1) -> None:
+    """There is a reward `moody`, which cannot be computed at the call-th time (on this rank, else on all)."""
+    import reward
+
+    calls = [0]
+
+    def moody(graded) -> float:
+        calls[0] += 1
+        if calls[0] == call and rank in (-1, own_rank()):
+            raise InputError(f"reward moody of {graded.question.where}: out of mood")
+        return 0.0
+
+    reward.REWARDS["moody"] = moody
+
+
 def graders(patch: Callable) -> None:
     """The workers that compare answers are there, one of them at work for long."""
     from plumbing.answers import judge_all
@@ -172,7 +187,9 @@ def deaf(patch: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-ALL = (nan_gradient, no_step, nan_row, failing_writes, full, spare, slow, at_once, impatient, graders, deaf)
+ALL = (nan_gradient, no_step, nan_row, failing_writes, full, spare, slow, at_once, impatient)
+ALL += (bad_reward, graders, deaf)
+
 FAULTS = {fault.__name__: fault for fault in ALL}
 
 

@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -250,6 +251,17 @@ def test_an_error_of_all_ranks_is_one_line(good, tmp_path, zygote, change, wante
     assert len(told(done.stderr)) == 1
 
 
+def test_an_error_of_one_rank_alone(good, tmp_path, zygote):
+    """All end with it, at once and in one line, and what was done until then is saved."""
+    out = tmp_path / "out"
+    argv = arguments(good, "dipo", out, "rewards.moody=1")
+    command = [sys.executable, "tests/faults.py", "bad_reward:10:1", "dipo.py", *argv]  # 4 in a step
+    done = zygote.torchrun(2, command, cwd=ROOT, env=ENVIRONMENT, timeout=HANG_GUARD)
+    error = the_error(done.returncode, done.stderr)
+    assert "out of mood" in error and f"{good}/rl.jsonl:" in error
+    assert (out / "latest").resolve().name == "step-000002"
+
+
 # ---------------------------------------------------------------------------- what a person sees
 
 
@@ -266,15 +278,22 @@ def test_our_line_is_the_only_one(good, tmp_path, zygote):
 
 @pytest.mark.parametrize("script", ["sft", "dipo", "evaluate"])
 def test_a_file_or_a_pipe_gets_plain_lines(good, tmp_path, zygote, script):
-    argv = arguments(good, script, tmp_path / "out")
-    done = zygote.run([sys.executable, f"{script}.py", *argv], cwd=ROOT, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr
-    assert not told(done.stderr), "only bars and the engine"
-    assert not set(done.stdout + done.stderr) & {"\r", "\x1b", "\b"}
-    if script != "evaluate":
-        steps = {"sft": 5, "dipo": 4}[script]
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith(f"{script}: ")]
-        assert line.startswith(f"{script}: {steps}/{steps} steps, 00:0") and "step/s" in line, line
+    """No escapes, and nothing that is written over: read as bytes, since text turns \\r into line breaks."""
+    log, argv = tmp_path / "log", arguments(good, script, tmp_path / "out")
+    with open(log, "w") as file:
+        command = [sys.executable, f"{script}.py", *argv]
+        process = zygote.popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
+    assert process.wait(HANG_GUARD) == 0, log.read_text()
+    assert not set(log.read_bytes()) & set(b"\r\x1b\b")
+    lines = log.read_text().splitlines()
+    name, ends = {
+        "sft": ("sft", "5/5 steps, 00:0"),
+        "dipo": ("dipo", "4/4 steps, 00:0"),
+        "evaluate": ("rl-static", "4/4 responses, 00:0"),
+    }[script]
+    (line,) = [line for line in lines if line.startswith(f"{name}: ")]
+    assert line.startswith(f"{name}: {ends}") and re.search(r"\d(step|response)/s", line), line
+    assert script == "evaluate" or not told(log.read_text()), "only bars and the engine"
 
 
 def test_a_terminal_gets_a_bar(good, tmp_path, zygote):

@@ -204,7 +204,7 @@ def test_a_forced_other_model_keeps_the_weights_and_their_config(good, run):
 def test_a_damaged_run_json(run, damage):
     script, argv, out = run
     damage(out / "run.json")
-    unchanged_and_refused(script, [*argv, "resume=true", "steps=4"], out, "run.json")
+    unchanged_and_refused(script, [*argv, "resume=true", "steps=4"], out, "run.json", "resume=force")
 
 
 def test_a_missing_run_json_can_be_made_up_for(run):
