@@ -198,7 +198,7 @@ class RunFolder:
             return
 
         # In its place it cannot be. Nothing is dropped, so the checkpoints before it are all still there.
-        refuge = spare_folder(self.path) / folder.name
+        refuge = gather(free_place(spare_folder(self.path), folder.name))[0]
         if self._try_to_save(refuge, step, cursor, model, optimizer):
             self._unsaved = f"{problem}; step {step} is not saved"
         else:
@@ -262,12 +262,13 @@ class RunFolder:
         if self._lock:
             self._lock.close()
         if self._unwritten:
-            refuge = spare_folder(self.path)
+            places = []
             for log, lines in self._unwritten.items():
-                with writing(refuge / log):
-                    refuge.mkdir(parents=True, exist_ok=True)
-                    (refuge / log).write_text(lines)
-            self._unsaved = f"{self._unsaved}; the last lines of {', '.join(self._unwritten)} are in {refuge}"
+                places.append(free_place(spare_folder(self.path), log))
+                with writing(places[-1]):
+                    places[-1].parent.mkdir(parents=True, exist_ok=True)
+                    places[-1].write_text(lines)
+            self._unsaved += f"; the last lines of its logs are in {', '.join(map(str, places))}"
         if self._unsaved:
             raise InputError(self._unsaved.removeprefix("; "))
 
@@ -346,6 +347,15 @@ def spare_folder(run: Path) -> Path:
     usable = sorted(place for place in places if place.is_dir() and os.access(place, os.W_OK))
     roomiest = max(usable, key=lambda place: shutil.disk_usage(place).free, default=Path.cwd())
     return roomiest / f"rescued-{'-'.join(run.absolute().parts[1:])}"
+
+
+def free_place(folder: Path, name: str) -> Path:
+    """FOLDER/NAME, or FOLDER-2/NAME and so on: the first that no other run has left there."""
+    number, place = 1, folder / name
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{folder.name}-{number}") / name
+    return place
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -386,6 +386,18 @@ def test_stale_weights_are_sent_again(good, tmp_path, monkeypatch):
         assert step[0] == step[1]
 
 
+def test_stale_weights_stop_all_updates_of_a_batch(good, tmp_path, monkeypatch):
+    """The gap is measured before the first of two updates, and holds for both; it counts as one step."""
+    out = tmp_path / "out"
+    stale_weights(monkeypatch, 2, 2)
+    works("dipo", arguments(good, "dipo", out, *FAST, "updates=2"))
+    lines = strict_records(out / "metrics.jsonl")
+    assert [line["step"] for line in lines if "skipped" in line] == [3]
+    for name in WEIGHTS:
+        step = [(out / "checkpoints" / f"step-{n:06d}" / name).read_bytes() for n in (2, 3)]
+        assert step[0] == step[1]
+
+
 def test_an_engine_that_never_takes_the_weights_ends_the_run(good, tmp_path, monkeypatch):
     out = tmp_path / "out"
     stale_weights(monkeypatch, 2, 99)

@@ -1,5 +1,6 @@
 """A run is resumed as what it is; another run, or a folder that another process has, is refused unchanged."""
 
+import errno
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from faults import (
 from safetensors.torch import load_file, save_file
 
 from model import load
+from plumbing import common
 from plumbing.checkpoint import tiny
 from plumbing.common import ROOT, InputError, lock
 from plumbing.run_folder import checkpoints
@@ -299,6 +301,20 @@ def test_a_moved_model_under_the_same_name(good, tmp_path, monkeypatch):
     assert_same_end(out, wanted)
 
 
+def test_the_tiny_model_is_made_again(good, tmp_path):
+    """model=tiny is a function of the seed, so nothing is lost with it, for the KL either."""
+    out, wanted = tmp_path / "run", tmp_path / "wanted"
+    argv = [*arguments(good, "dipo", out), "model=tiny", "kl_beta=0.5", "steps=3", *MORE]
+    works("dipo", [*argv, f"out={wanted}"])
+    works("dipo", [*argv, "steps=2"])
+    shutil.rmtree(out / "tiny")
+    works("dipo", [*argv, "resume=true"])
+    assert_same_end(out, wanted)
+    unchanged_and_refused(
+        "dipo", [*argv, "resume=true", f"model={good}/model"], out, "model tiny is not what"
+    )
+
+
 def test_a_model_that_was_written_over(good, tmp_path):
     """Another fine-tune of the same shape under the same name."""
     out, model = tmp_path / "run", tmp_path / "model"
@@ -406,17 +422,21 @@ def test_an_evaluation_in_the_folder_of_a_run(run, good):
 # ------------------------------------------------------------------------------------------- the lock
 
 
-def test_a_second_process_is_refused(good, tmp_path, zygote):
-    """While the first one runs, and while it is stopped; killed, it leaves the folder free at once."""
+@pytest.mark.parametrize(("script", "fault"), [("sft", "slow:train"), ("dipo", "graders,slow:rollout")])
+def test_a_second_process_is_refused(good, tmp_path, zygote, script, fault):
+    """While the first one runs, and while it is stopped; killed, it leaves the folder free at once.
+
+    Even if its grading workers have not noticed yet.
+    """
     out, wanted = tmp_path / "run", tmp_path / "wanted"
-    argv = [*arguments(good, "sft", out), *MORE]
-    command = [sys.executable, "tests/faults.py", f"slow:train:{tmp_path}", "sft.py", *argv]
+    argv = [*arguments(good, script, out), *MORE]
+    command = [sys.executable, "tests/faults.py", f"{fault}:{tmp_path}", f"{script}.py", *argv]
     first = zygote.popen(command, cwd=ROOT, env=ENVIRONMENT)
     late = time.monotonic() + 60
     while not (tmp_path / "there").exists():
         assert time.monotonic() < late
         time.sleep(0.005)
-    second = [sys.executable, "sft.py", *argv, "resume=true"]
+    second = [sys.executable, f"{script}.py", *argv, "resume=true"]
     for number in (signal.SIGCONT, signal.SIGSTOP):
         os.kill(first.pid, number)
         before = snapshot(out)
@@ -428,8 +448,19 @@ def test_a_second_process_is_refused(good, tmp_path, zygote):
     first.wait()
     done = zygote.run(second, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    works("sft", [*argv, f"out={wanted}"])
+    works(script, [*argv, f"out={wanted}"])
     assert_same_end(out, wanted)
+
+
+def test_a_disk_without_locks(good, tmp_path, monkeypatch):
+    """It is told, and the run goes on."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(common.fcntl, "flock", refuse)
+    (line,) = told(works("sft", arguments(good, "sft", tmp_path / "run")))
+    assert str(tmp_path / "run") in line and "cannot lock" in line
 
 
 @pytest.mark.parametrize("script", ["sft", "dipo", "evaluate"])

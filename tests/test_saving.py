@@ -189,6 +189,23 @@ def test_the_spare_folder_is_where_there_is_room(tmp_path, monkeypatch):
     assert spare_folder(Path("runs/two")) != found
 
 
+def test_what_lies_there_already_stays(good, tmp_path, monkeypatch):
+    """Another run under the same name put its checkpoint and its lines there."""
+    out, refuge = tmp_path / "out", tmp_path / "spare"
+    (refuge / "step-000005").mkdir(parents=True)
+    (refuge / "step-000005" / "state.json").write_text("of another run")
+    (refuge / "metrics.jsonl").write_text("of another run")
+    before = snapshot(refuge)
+    install(f"full:{out},at_once,spare:{refuge}", monkeypatch.setattr)
+    log_without_room(monkeypatch, 3, 99)
+    error = the_error(*run_here("sft", arguments(good, "sft", out)))
+    assert snapshot(refuge) == before
+    place = Path(re.search(r"step 5 is in (\S+): move", error).group(1))
+    assert place.name == "step-000005" and {f.name for f in place.iterdir()} >= FILES
+    lines = Path(re.search(r"logs are in (\S+)$", error).group(1))
+    assert [r["step"] for r in strict_records(lines)] == [3, 4, 5]
+
+
 @pytest.mark.parametrize("fault", ["failing_writes:1:1:1", "full:{out}:1"], ids=["once", "always"])
 def test_a_disk_that_is_full_for_one_of_two_ranks(good, tmp_path, zygote, fault):
     out, refuge = tmp_path / "out", tmp_path / "spare"
