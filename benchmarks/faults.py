@@ -346,7 +346,9 @@ def strike(c: Campaign, kind: Kind, chain: Path, stage: str, name: str, poison: 
 
     # How it may end.
     codes = {fork.returncode for fork in forks}
-    allowed = {"sigkill": {-9}, "sigterm": {143}, "sigint": {130}, "killed rank": {-9, 2, 143}}.get(name, {0})
+    allowed = {"sigkill": {-9}, "sigterm": {143}, "sigint": {130, 143}, "killed rank": {-9, 2, 143}}.get(
+        name, {0}
+    )
     if name in ("full disk", "failing saves"):
         allowed = {0, 2, 143}
     if not codes <= allowed | {0}:
