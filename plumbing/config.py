@@ -393,7 +393,7 @@ def how_to_go_on(config: Any) -> str:
         return ""
     if not hasattr(config, "resume"):
         return f": {config.out} has all that was done; the same command goes on from there"
-    steps = [folder.name for folder in Path(config.out).glob("checkpoints/step-*")]
+    steps = [f.name for f in Path(config.out).glob("checkpoints/step-*") if f.name[5:].isdigit()]
     newest = max(steps, key=lambda name: (len(name), name), default="no checkpoint")
     return f": {config.out} has {newest}; the same command with resume=true goes on from there"
 

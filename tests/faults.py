@@ -175,6 +175,38 @@ def bad_reward(patch: Callable, call: int, rank: int = -1) -> None:
     reward.REWARDS["moody"] = moody
 
 
+def nan_engine(patch: Callable, call: int, rank: int = -1) -> None:
+    """The engine's weights become nan before its call-th `generate` (on this rank, else on all)."""
+    import rollout
+
+    generate, calls = rollout.TorchEngine.generate, [0]
+
+    def poisoned(engine, *arguments, **options):
+        calls[0] += 1
+        if calls[0] == call and rank in (-1, own_rank()):
+            with torch.no_grad():
+                engine.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+        return generate(engine, *arguments, **options)
+
+    patch(rollout.TorchEngine, "generate", poisoned)
+
+
+def stale(patch: Callable, first: int, last: int, rank: int = -1) -> None:
+    """These updates of the engine's weights do nothing (on this rank, else on all)."""
+    import rollout
+
+    update, calls = rollout.TorchEngine.update_weights, [0]
+
+    def lazy(engine, tensors):
+        calls[0] += 1
+        if first <= calls[0] <= last and rank in (-1, own_rank()):
+            list(tensors)  # every rank takes part in gathering them
+        else:
+            update(engine, tensors)
+
+    patch(rollout.TorchEngine, "update_weights", lazy)
+
+
 def graders(patch: Callable) -> None:
     """The workers that compare answers are there, one of them at work for long."""
     from plumbing.answers import judge_all
@@ -188,7 +220,7 @@ def deaf(patch: Callable) -> None:
 
 
 ALL = (nan_gradient, no_step, nan_row, failing_writes, full, spare, slow, at_once, impatient)
-ALL += (bad_reward, graders, deaf)
+ALL += (bad_reward, nan_engine, stale, graders, deaf)
 
 FAULTS = {fault.__name__: fault for fault in ALL}
 

@@ -30,7 +30,9 @@ from faults import (
 from safetensors.torch import load_file, save_file
 from test_bad_input import drop_tensor
 
+import sft
 from plumbing.common import ROOT, fail, printable, progress, tell
+from plumbing.config import how_to_go_on, load_config
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 HANG_GUARD = 60.0  # seconds; far above what anything here needs
@@ -157,6 +159,17 @@ def test_in_any_phase(good, reference, tmp_path, zygote, script, phase, number):
     works(script, [*argv, "resume=true"])
     assert_same_end(out, reference(script))
     assert not list(out.rglob(".part-*"))
+
+
+def test_the_last_line_names_a_checkpoint(good, tmp_path):
+    """Not what only looks like one."""
+    place = tmp_path / "checkpoints"
+    for name in ("step-000002", "step-000010", "step-000010-backup", "step-", "step-x"):
+        (place / name).mkdir(parents=True)
+    config = load_config(sft.SFTConfig, arguments(good, "sft", tmp_path))
+    assert f"{tmp_path} has step-000010;" in how_to_go_on(config)
+    (place / "step-1000000").mkdir()
+    assert f"{tmp_path} has step-1000000;" in how_to_go_on(config)
 
 
 def test_grading_workers_end_too(good, tmp_path, zygote):

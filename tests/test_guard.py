@@ -277,33 +277,22 @@ def test_such_a_checkpoint_is_never_written(good, tmp_path):
 # -------------------------------------------------------------------------------------- the engine
 
 
-def poison_engine(patch, call: int, healable: bool = True) -> None:
-    """The weights in the engine become nan before the call-th time that it generates."""
-    generate, update, calls = rollout.TorchEngine.generate, rollout.TorchEngine.update_weights, [0]
-
-    def spoil_weights(engine) -> None:
-        with torch.no_grad():
-            engine.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
-
-    def poisoned(engine, *arguments, **options):
-        calls[0] += 1
-        if calls[0] == call:
-            spoil_weights(engine)
-        return generate(engine, *arguments, **options)
+def useless_updates(patch) -> None:
+    """Whatever the engine is sent, its weights are nan afterwards."""
+    update = rollout.TorchEngine.update_weights
 
     def useless(engine, tensors):
         update(engine, tensors)
-        spoil_weights(engine)
+        with torch.no_grad():
+            engine.model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
 
-    patch.setattr(rollout.TorchEngine, "generate", poisoned)
-    if not healable:
-        patch.setattr(rollout.TorchEngine, "update_weights", useless)
+    patch.setattr(rollout.TorchEngine, "update_weights", useless)
 
 
 def test_an_engine_with_nan_weights_gets_them_again(good, tmp_path, monkeypatch):
     out, reference = tmp_path / "out", tmp_path / "reference"
     works("dipo", arguments(good, "dipo", reference))
-    poison_engine(monkeypatch, call=3)
+    install("nan_engine:3", monkeypatch.setattr)
     stderr = works("dipo", arguments(good, "dipo", out))
     (line,) = told(stderr)
     assert "nan" in line and "weights again" in line
@@ -311,7 +300,8 @@ def test_an_engine_with_nan_weights_gets_them_again(good, tmp_path, monkeypatch)
 
 
 def test_an_engine_that_stays_nan_ends_the_run(good, tmp_path, monkeypatch):
-    poison_engine(monkeypatch, call=1, healable=False)
+    install("nan_engine:1", monkeypatch.setattr)
+    useless_updates(monkeypatch)
     code, stderr = run_here("dipo", arguments(good, "dipo", tmp_path / "out"))
     error = the_error(code, stderr)
     assert "rollout engine" in error and "nan" in error
@@ -323,7 +313,7 @@ def test_evaluation_while_training_heals_too(good, tmp_path, monkeypatch):
     more = ["eval_every=2", f"eval_data={good}/test.jsonl", "eval_max_tokens=8", "eval_threshold=0"]
     works("sft", arguments(good, "sft", reference, *more))
     assert strict_records(reference / "metrics.jsonl")[1]["eval/tpf"] > 2, "nan would not reach the threshold"
-    poison_engine(monkeypatch, call=1)
+    install("nan_engine:1", monkeypatch.setattr)
     works("sft", arguments(good, "sft", out, *more))
     assert_same_end(out, reference)
 
@@ -332,7 +322,7 @@ def test_evaluate_keeps_no_response_of_such_an_engine(good, tmp_path, monkeypatc
     out, reference = tmp_path / "out", tmp_path / "reference"
     works("evaluate", arguments(good, "evaluate", reference))
     with monkeypatch.context() as patch:
-        poison_engine(patch, call=2)  # the second rule
+        install("nan_engine:2", patch.setattr)  # the second rule
         error = the_error(*run_here("evaluate", arguments(good, "evaluate", out)))
     assert "rollout engine" in error and "nan" in error
     assert not (out / "summary.json").exists()
@@ -344,19 +334,6 @@ def test_evaluate_keeps_no_response_of_such_an_engine(good, tmp_path, monkeypatc
 
 
 # ----------------------------------------------------------------------- the gap to the trainer
-
-
-def stale_weights(patch, first: int, last: int) -> None:
-    """These updates of the engine's weights do nothing."""
-    update, calls = rollout.TorchEngine.update_weights, [0]
-
-    def lazy(engine, tensors):
-        calls[0] += 1
-        if first <= calls[0] <= last:
-            return list(tensors) and None
-        return update(engine, tensors)
-
-    patch.setattr(rollout.TorchEngine, "update_weights", lazy)
 
 
 def hot_engine(patch) -> None:
@@ -374,7 +351,7 @@ FAST = ["lr=1e-2", "steps=6", *KEEP_ALL]
 
 def test_stale_weights_are_sent_again(good, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    stale_weights(monkeypatch, 2, 2)
+    install("stale:2:2", monkeypatch.setattr)
     stderr = works("dipo", arguments(good, "dipo", out, *FAST))
     lines = strict_records(out / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [3]
@@ -389,7 +366,7 @@ def test_stale_weights_are_sent_again(good, tmp_path, monkeypatch):
 def test_stale_weights_stop_all_updates_of_a_batch(good, tmp_path, monkeypatch):
     """The gap is measured before the first of two updates, and holds for both; it counts as one step."""
     out = tmp_path / "out"
-    stale_weights(monkeypatch, 2, 2)
+    install("stale:2:2", monkeypatch.setattr)
     works("dipo", arguments(good, "dipo", out, *FAST, "updates=2"))
     lines = strict_records(out / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [3]
@@ -400,7 +377,7 @@ def test_stale_weights_stop_all_updates_of_a_batch(good, tmp_path, monkeypatch):
 
 def test_an_engine_that_never_takes_the_weights_ends_the_run(good, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    stale_weights(monkeypatch, 2, 99)
+    install("stale:2:99", monkeypatch.setattr)
     error = the_error(*run_here("dipo", arguments(good, "dipo", out, *FAST)))
     assert "step 4" in error and "gap_limit" in error and "did not help" in error
     assert (out / "latest").resolve().name == "step-000003"
@@ -463,6 +440,29 @@ def test_what_a_hold_has_does_not_count(good):
 def test_the_coarser_of_both_types_decides_the_limit(dtype, engine, allowed):
     guard = Guard(dipo.DiPOConfig(dtype=dtype), engine)
     assert guard.allows(1, {"loss": 0.0, "grad_norm": 0.0, "gap_capped": 0.1}) == allowed
+
+
+@pytest.mark.parametrize("fault", ["nan_engine:3:1", "stale:2:2:1"])
+def test_the_engine_of_one_of_two_ranks(good, tmp_path, zygote, fault):
+    """With nan it is healed, and nothing else changes; with old weights both ranks skip the step."""
+    logs = []
+    for name, faults in (("out", fault), ("wanted", "impatient")):
+        argv = arguments(good, "dipo", tmp_path / name, *FAST, "groups=4")
+        command = [sys.executable, "tests/faults.py", faults, "dipo.py", *argv]
+        done = zygote.torchrun(2, command, cwd=ROOT, env=ENVIRONMENT, timeout=60)
+        assert done.returncode == 0, done.stderr
+        logs.append(told(done.stderr))
+    assert len(logs[0]) == 1 and not logs[1]
+    if fault.startswith("nan"):
+        assert "nan" in logs[0][0]
+        found, wanted = (load_file(tmp_path / n / "latest" / "model.safetensors") for n in ("out", "wanted"))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        return
+    assert logs[0][0].startswith("step 3 is skipped: engine and trainer are ")
+    steps = [tmp_path / "out" / "checkpoints" / f"step-{n:06d}" for n in (2, 3, 4)]
+    before, skipped, after = (load_file(step / "model.safetensors") for step in steps)
+    assert all(torch.equal(before[name], skipped[name]) for name in before)
+    assert not all(torch.equal(after[name], skipped[name]) for name in before)
 
 
 # ----------------------------------------------------------------------------------------- lengths
