@@ -1,5 +1,6 @@
 """Whatever a reward of one's own does, a run ends in one line that names the reward and the question."""
 
+import contextlib
 import math
 import os
 import re
@@ -91,6 +92,7 @@ def test_nan_is_a_value(worker):
         ("None", "None"),
         ("'1.0'", "'1.0'"),
         ("b'1'", "b'1'"),
+        ("__import__('numpy').str_('1.0')", "np.str_('1.0')"),
         ("[1.0]", "[1.0]"),
         ("{}", "{}"),
         ("1j", "1j"),
@@ -130,6 +132,7 @@ def test_a_long_value_is_shortened(worker):
         ("os._exit(0)", "its process ended (exit code 0)"),
         ("os._exit(3)", "its process ended (exit code 3)"),
         ("os.kill(os.getpid(), 9)", "its process ended (Killed)"),
+        ("os.system('sleep 1000 &') or os._exit(3)", "its process ended (exit code 3)"),
         ("__import__('ctypes').string_at(0)", "its process ended (Segmentation fault)"),
     ],
 )
@@ -308,18 +311,26 @@ run_script(main)
 """
 
 
-def start(folder, code: str, **environment: str) -> subprocess.Popen:
-    """Start it in a folder, and wait for the first line that it prints: `pid` then is the worker's."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.worker = int(process.stdout.readline())
-    return process
+@pytest.fixture
+def start(tmp_path):
+    """Start a script in a folder of its own, and wait for the number of the worker's process."""
+    processes = []
+
+    def start(code: str) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes, text=True)
+        processes.append(process)
+        process.worker = int(process.stdout.readline())
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.worker, signal.SIGKILL)
+        process.communicate()
 
 
 HANGS = ["while True: pass", "__import__('time').sleep(1000)", C_LOOP]
@@ -332,20 +343,20 @@ def write_hang(folder, hang: str) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process within C with its parent")
 @pytest.mark.parametrize("hang", HANGS)
-def test_a_hanging_reward_ends_when_the_parent_is_killed(tmp_path, hang):
+def test_a_hanging_reward_ends_when_the_parent_is_killed(start, tmp_path, hang):
     write_hang(tmp_path, hang)
-    process = start(tmp_path, program("reward(graded)"))
+    process = start(program("reward(graded)"))
     assert process.stderr.readline() == "begun\n"
     process.kill()
-    process.communicate()
+    process.wait()
     assert ends(process.worker)
 
 
-@pytest.mark.parametrize("hang", HANGS)
+@pytest.mark.parametrize("hang", [*HANGS, "__import__('os').system('sleep 1000')"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_hang_ends_both_in_one_line(tmp_path, hang, number):
+def test_a_signal_during_a_hang_ends_both_in_one_line(start, tmp_path, hang, number):
     write_hang(tmp_path, hang)
-    process = start(tmp_path, program("reward(graded)"))
+    process = start(program("reward(graded)"))
     assert process.stderr.readline() == "begun\n"
     process.send_signal(number)
     _, stderr = process.communicate(timeout=HANG_GUARD)
@@ -354,28 +365,28 @@ def test_a_signal_during_a_hang_ends_both_in_one_line(tmp_path, hang, number):
 
 
 @pytest.mark.parametrize("last", ["return", "import os; os._exit(0)", "1 / 0", "reward(None)"])
-def test_the_worker_ends_with_its_parent(tmp_path, last):
+def test_the_worker_ends_with_its_parent(start, tmp_path, last):
     write("1", tmp_path / "mine.py")
-    process = start(tmp_path, program(last))
+    process = start(program(last))
     process.communicate(timeout=HANG_GUARD)
     assert ends(process.worker)
 
 
-def test_what_a_reward_prints_goes_to_standard_error(tmp_path):
+def test_what_a_reward_prints_goes_to_standard_error(start, tmp_path):
     text = "import os, subprocess\n\ndef reward(graded):\n    print('one')\n    os.system('echo two')\n"
-    text += "    os.write(1, b'three\\n')\n    assert input() == 'nobody types'\n"
+    text += "    os.write(1, b'three\\n')\n    input()\n"
     write(text, tmp_path / "mine.py")
-    process = start(tmp_path, program("reward(graded)"))
-    stdout, stderr = process.communicate(timeout=HANG_GUARD)
+    process = start(program("reward(graded)"))
+    stdout, stderr = process.communicate("typed for the script\n", timeout=HANG_GUARD)
     assert stdout == "" and process.returncode == 2
     assert stderr.splitlines() == ["one", "two", "three"] + [
         "error: reward mine.reward: question rl.jsonl:7: EOFError: EOF when reading a line (mine.py:7)"
     ]
 
 
-def test_control_characters_of_an_error_are_shown_as_such(tmp_path):
+def test_control_characters_of_an_error_are_shown_as_such(start, tmp_path):
     write("exec('raise ValueError(chr(27) + chr(91) + \"2J gone\")')", tmp_path / "mine.py")
-    process = start(tmp_path, program("reward(graded)"))
+    process = start(program("reward(graded)"))
     assert r": ValueError: \x1b[2J gone (mine.py:4)" in process.communicate(timeout=HANG_GUARD)[1]
 
 
