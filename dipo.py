@@ -267,12 +267,10 @@ def sample_groups(
         )
 
     # Grade them, and cut the list into groups.
-    groups = []
+    size = config.group_size
     with together():
         graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
-        for i, (number, _) in enumerate(asked):
-            of_question = graded[i * config.group_size : (i + 1) * config.group_size]
-            groups.append(make_group(number, of_question, config))
+        groups = [make_group(n, graded[i * size : (i + 1) * size], config) for i, (n, _) in enumerate(asked)]
     return groups
 
 
