@@ -270,8 +270,7 @@ def sample_groups(
     size = config.group_size
     with together():
         graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
-        groups = [make_group(n, graded[i * size : (i + 1) * size], config) for i, (n, _) in enumerate(asked)]
-    return groups
+        return [make_group(n, graded[i * size : (i + 1) * size], config) for i, (n, _) in enumerate(asked)]
 
 
 # ----------------------------------------------------------------------------- the loss
