@@ -10,7 +10,6 @@ type, and it is printed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import shlex
@@ -22,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plumbing.common import read_records, write_json  # noqa: E402
+from plumbing.common import InputError, read_records, run_script, write_json  # noqa: E402
+from plumbing.config import Parser, folder_name  # noqa: E402
 from plumbing.report import table  # noqa: E402
 
 QUICK = {
@@ -87,15 +87,15 @@ def plot_curves(out: Path) -> None:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=folder_name, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="only see that everything runs")
     options = parser.parse_args()
     out = options.out if options.out.is_absolute() else ROOT / options.out
     extra = QUICK if options.quick else {stage: [] for stage in QUICK}
     if (out / "summary.json").exists():
-        sys.exit(f"{out} holds a finished demo; remove it, or give another --out")
+        raise InputError(f"{out} holds a finished demo; remove it, or give another --out")
     resumed, start = out.exists(), time.perf_counter()
 
     data, seed = f"{out}/data", f"seed={options.seed}"
@@ -137,4 +137,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,7 +9,6 @@ mean rewards of the last five steps should differ by no more than those of two s
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -21,14 +20,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import dipo  # noqa: E402
-from plumbing.common import read_records  # noqa: E402
-from plumbing.config import load_config  # noqa: E402
+from plumbing.common import read_records, run_script  # noqa: E402
+from plumbing.config import Parser, load_config  # noqa: E402
 from rollout import LMDeployEngine  # noqa: E402
 
 
 def main() -> None:
     """Train with each engine and seed; print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="runs/demo/sft/latest")
     parser.add_argument("--data", default="runs/demo/data/rl.jsonl")
     parser.add_argument("--out", default="runs/engines")
@@ -60,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

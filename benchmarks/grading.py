@@ -17,7 +17,6 @@ machine, workers started beforehand, every batch of its own questions:
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import sys
@@ -27,6 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.answers import extract_answer, judge_all, quick_verdict
+from plumbing.common import run_script
+from plumbing.config import Parser
 
 
 def question(rng: random.Random) -> tuple[str, list[str], list[str]]:
@@ -96,7 +97,7 @@ def rate(texts: list[str], golds: list[str], workers: int) -> float:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description="Measure batch grading.")
+    parser = Parser(description="Measure batch grading.")
     parser.add_argument("--questions", type=int, default=250)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

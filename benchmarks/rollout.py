@@ -16,7 +16,6 @@ of its own, one after the other; it answers all requests once to warm up, then `
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -36,6 +35,8 @@ from transformers import AutoConfig  # noqa: E402
 
 import model  # noqa: E402
 from plumbing.checkpoint import load_tokenizer, tiny  # noqa: E402
+from plumbing.common import run_script  # noqa: E402
+from plumbing.config import Parser  # noqa: E402
 from rollout import Decoding, LMDeployEngine, TorchEngine  # noqa: E402
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def pipeline(folder: Path, tokenizer, prompts: list[list[int]], tokens: int, dty
 
 def main() -> None:
     """Measure, and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 256] if CUDA else [8])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048] if CUDA else [32])
@@ -209,4 +210,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

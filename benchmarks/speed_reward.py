@@ -37,7 +37,8 @@ from evaluate import EvalConfig, respond  # noqa: E402
 from masking import HOLD, pack, replay  # noqa: E402
 from model import Sampling  # noqa: E402
 from plumbing.checkpoint import load_tokenizer  # noqa: E402
-from plumbing.common import write_json  # noqa: E402
+from plumbing.common import run_script, write_json  # noqa: E402
+from plumbing.config import Parser  # noqa: E402
 from reward import Question, read_questions  # noqa: E402
 from rollout import Decoding, make_engine  # noqa: E402
 
@@ -169,7 +170,7 @@ def plot(runs: list[dict], before: dict, path: Path) -> None:
 
 def main() -> None:
     """Run all conditions."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--sft", type=Path, help="checkpoint to start from; made if not given")
     parser.add_argument("--data", type=Path, help="folder of data/tiny.py; made if not given")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/speed")
@@ -202,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,7 +20,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import compare
+import demo
 import download
+import grading
 import pytest
 import tiny as tiny_task
 from test_bad_input import (
@@ -610,6 +612,10 @@ def test_reward_names_what_it_cannot_check(tmp_path, content, wanted) -> None:
         (download.main, ["math500", "--source", ""], ["--source", "empty"]),
         (download.main, ["math500", "--source", "/nowhere"], ["/nowhere"]),
         (download.main, ["math500", "--out", "FILE", "--source", "/nowhere"], ["FILE"]),
+        (demo.main, ["--nope"], ["--nope"]),
+        (demo.main, ["--out", ""], ["--out", "empty"]),
+        (demo.main, ["--out", "DEMO"], ["DEMO", "finished demo"]),
+        (grading.main, ["--samples", "x"], ["--samples", "x"]),
         (compare.main, ["FOLDER"], ["RUN"]),
         (compare.main, ["FOLDER", ""], ["RUN", "empty"]),
         (compare.main, ["FOLDER", "/nowhere"], ["FOLDER", "summary.json"]),
@@ -617,10 +623,13 @@ def test_reward_names_what_it_cannot_check(tmp_path, content, wanted) -> None:
 )
 def test_a_small_program_refuses_in_one_line(place, main, arguments, wanted) -> None:
     file = place.write("a-file", "kept")
+    (place.folder / "demo").mkdir()
+    place.write("demo/summary.json", "{}")
     names = {"FILE": str(file), "FOLDER": str(place.folder), "MODEL": str(place.model)}
+    names["DEMO"] = f"{place.folder}/demo"
 
     def filled(text: str) -> str:
-        return re.sub("FILE|FOLDER|MODEL", lambda found: names[found[0]], text)
+        return re.sub("FILE|FOLDER|MODEL|DEMO", lambda found: names[found[0]], text)
 
     error = refused_program(main, *map(filled, arguments))
     assert_names(error, *map(filled, wanted))
