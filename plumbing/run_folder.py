@@ -229,7 +229,9 @@ class RunFolder:
             problem = problem or str(error)
         problem = next(filter(None, gather(problem)), "")
 
-        # All ranks are done: with the counters it is complete.
+        # All ranks are done, on one disk: with the counters it is complete.
+        if self.rank == 0 and not problem and len(list(part.glob("optimizer*"))) != self.world:
+            problem = f"{part}: not all ranks write to this disk"
         if self.rank == 0 and not problem:
             log_bytes = {f.name: f.stat().st_size for f in self.path.glob("*.jsonl")}
             counters = {"step": step, "cursor": cursor, "seed": self.config.seed}
@@ -343,9 +345,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 def spare_folder(run: Path) -> Path:
     """Where a run's files go that its own disk has no room for: the place with the most of it."""
-    places = {Path.cwd(), Path.home(), Path(tempfile.gettempdir())}
+    places = {Path(os.environ.get("PWD", ".")), Path(os.path.expanduser("~")), Path(tempfile.gettempdir())}
     usable = sorted(place for place in places if place.is_dir() and os.access(place, os.W_OK))
-    roomiest = max(usable, key=lambda place: shutil.disk_usage(place).free, default=Path.cwd())
+    roomiest = max(usable, key=lambda place: shutil.disk_usage(place).free, default=run.parent)
     return roomiest / f"rescued-{'-'.join(run.absolute().parts[1:])}"
 
 

@@ -179,7 +179,8 @@ def test_the_spare_folder_is_where_there_is_room(tmp_path, monkeypatch):
     for folder in room:
         folder.mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("PWD", str(tmp_path / "here"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(run_folder.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda place: usage._replace(free=room[place]))
