@@ -191,10 +191,11 @@ def check_bounds(config: Any) -> None:
         expected = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
 
         # Its items if it is a list, its numbers, or its text.
-        if isinstance(value, list) and len({str(item) for item in value}) < len(value):
-            raise InputError(f"config key {f.name}: {value}, expected no item twice")
-        if str(f.type).startswith("list") and any(isinstance(item, list | dict) for item in value):
-            raise InputError(f"config key {f.name}: {value}, expected a list without lists in it")
+        if str(f.type).startswith("list"):
+            if any(isinstance(item, list | dict) for item in value):
+                raise InputError(f"config key {f.name}: {value}, expected a list without lists in it")
+            if len(set(value)) < len(value):
+                raise InputError(f"config key {f.name}: {value}, expected no item twice")
         for number in numbers_in(value):
             if not -LARGEST <= number <= LARGEST:  # nan is not either
                 raise InputError(f"config key {f.name}: {value}, expected a finite number of usual size")
