@@ -42,6 +42,28 @@ def tell(message: str) -> None:
     tqdm.write(printable(" ".join(message.split())), file=sys.stderr)
 
 
+class Forgiving:
+    """A stream that loses what it cannot write: a full disk under the log is no reason to end."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if there is room."""
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what waits, if there is room."""
+        with suppress(OSError):
+            self.stream.flush()
+
+
 class progress(tqdm):  # noqa: N801, it stands where tqdm would
     """tqdm on a terminal. In a pipe or a file: a plain line now and then, and one at the end."""
 
@@ -126,6 +148,7 @@ def run_script(main: Callable[..., None], *arguments: Any) -> None:
     """
     if main.__module__ == "__main__":
         end_on_signals()
+        sys.stdout, sys.stderr = Forgiving(sys.stdout), Forgiving(sys.stderr)
     if "transformers" in sys.modules:
         from transformers.utils import logging
 

@@ -19,7 +19,6 @@ Left out on purpose: tensor parallelism (needs ray), prefix caching (stale after
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib
 import itertools
 import mmap
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from plumbing.common import Forgiving
 from plumbing.lmdeploy_engine import LMDEPLOY_VERSION
 from rollout import Decoding, hold_bound
 
@@ -397,26 +397,6 @@ def serve(conn: Connection, weights_fd: int) -> None:
         getattr(importlib.import_module(module), function)()
     install(settings["mask_id"])
     asyncio.run(answer())
-
-
-class Forgiving:
-    """A stream that loses what it cannot write: a full disk under the log is no reason to end."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, if there is room."""
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Nothing waits."""
 
 
 if __name__ == "__main__":

@@ -386,3 +386,23 @@ def test_a_tensor_with_such_a_name(good, tmp_path):
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     error = the_error(*run_here("sft", arguments(good, "sft", tmp_path / "out", f"model={model}")))
     assert error.isprintable() and "unexpected tensor" in error
+
+
+def test_a_full_disk_under_the_log_is_no_reason_to_end(tmp_path):
+    """What a run prints goes to a file that cannot grow any more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from plumbing.common import progress, run_script, tell\n"
+        "def main():\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "    for i in progress(range(30), desc='steps'):\n"
+        "        tell('a line of twenty or more characters')\n"
+        "        print('and as many of them again')\n"
+        "    sys.exit(0 if i == 29 else 1)\n"
+        "run_script(main)\n"
+    )
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        done = subprocess.run([sys.executable, str(script)], stdout=out, stderr=err)
+    assert done.returncode == 0
+    assert (tmp_path / "out").stat().st_size <= 20 and (tmp_path / "err").stat().st_size <= 20
