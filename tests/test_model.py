@@ -111,6 +111,19 @@ def test_packed_equals_rounds(tiny_model, block_size, attention):
     assert relative(ours, gradient(tiny_model, (theirs * weights).sum())) < 1e-5
 
 
+def test_a_tiny_config_has_what_the_published_modelling_code_asks_for(tmp_path):
+    """Without a default: so that this code, and its forward pass of evaluation, runs on our checkpoints."""
+    config = json.loads((tiny(tmp_path, **TINY) / "config.json").read_text())
+    asked = """
+        attention_bias attention_dropout block_size fuse_cross_entropy head_dim hidden_act hidden_size
+        initializer_range intermediate_size mask_token_id max_position_embeddings max_window_layers
+        num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_scaling rope_theta
+        sliding_window tie_word_embeddings use_sliding_window vocab_size
+    """  # what follows `config.` in modeling_sdar.py
+    assert set(asked.split()) <= config.keys()
+    assert config["fuse_cross_entropy"] is True and config["attention_dropout"] == 0.0
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("padded", [False, True])
 def test_joint_row_equals_dense_row(tmp_path, kv_heads, padded):
