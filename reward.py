@@ -138,48 +138,66 @@ def grade(
 
 
 def accuracy(graded: Graded) -> float:
-    """1 for a right answer, else 0."""
+    """1 for a right answer, else 0. Source: DiRL, MathAccuracy."""
     return 1.0 if graded.correct else 0.0
 
 
 def binary(graded: Graded) -> float:
-    """1 for a right answer, else -1."""
+    """1 for a right answer, else -1. Source: DiRL, BinaryReward."""
     return 1.0 if graded.correct else -1.0
 
 
 def boxed(graded: Graded) -> float:
-    """0.1 for any closed box, else 0. Source: github.com/OpenMOSS/DiRL."""
+    """0.1 for any closed box, else 0. Source: DiRL, Boxed."""
     return 0.1 if graded.answer is not None else 0.0
 
 
+def think_only(graded: Graded) -> float:
+    """`format`: 1 if the text opens with `<think>` and ends with `</think>`, else 0. Source: DiRL, Format."""
+    opens, ends = graded.text.startswith("<think>"), graded.text.rstrip().endswith("</think>")
+    return 1.0 if opens and ends else 0.0
+
+
 def think_format(graded: Graded) -> float:
-    """1 if the text opens with one `<think> ... </think>` and goes on after it, else 0."""
+    """1 if a `</think>` ends a line; the prompt may have opened it. Source: DiRL, ThinkFormat."""
+    return 1.0 if re.search(r"</think>[^\S\n]*$", graded.text, re.MULTILINE) else 0.0
+
+
+def think_first(graded: Graded) -> float:
+    """Ours: 1 if the text opens with one `<think> ... </think>` and goes on after it, else 0."""
     found = re.fullmatch(r"\s*<think>(.*?)</think>\s*(\S.*)", graded.text, re.DOTALL)
     once = found and "think>" not in found[1] + found[2]
     return 1.0 if once else 0.0
 
 
 def cosine(graded: Graded) -> float:
-    """By length: right from 1 (short) to 0.5 (long), wrong from -0.5 (short) to 0, truncated -0.5.
+    """By length: right from 1 (short) to 0.5 (long), wrong from -0.5 (short) to 0, at the limit -0.5.
 
     A half cosine of num_tokens / max_tokens in between: a wrong response loses less, the longer it
-    thought. Source: arXiv 2502.03373, equation 1, with DiRL's values.
+    thought. Source: arXiv 2502.03373, equation 1, with the values of DiRL, CosineReward.
     """
-    if graded.truncated:
+    if graded.truncated or graded.rollout.num_tokens >= _limit(graded):
         return -0.5
-    shortness = (1 + math.cos(math.pi * min(graded.rollout.num_tokens / _limit(graded), 1.0))) / 2
+    shortness = (1 + math.cos(math.pi * graded.rollout.num_tokens / _limit(graded))) / 2
     return 0.5 + 0.5 * shortness if graded.correct else -0.5 * shortness
 
 
 def repetition(graded: Graded, n: int = 3, penalty: float = -1.0) -> float:
-    """`penalty` times the share of n-grams (n words in a row) that came before. Source: as for cosine."""
+    """`penalty` times the share of n-grams (n words running) that came before. Source: as for cosine."""
     words = graded.text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0
 
 
-def soft_overlong(graded: Graded, share: float = 0.5) -> float:
-    """0 until the last `share` of the limit begins, from there down to -1 at the limit.
+def soft_overlong(graded: Graded) -> float:
+    """0 up to half of the limit, then a line through -1 at the limit and on. Source: DiRL, SoftOverlong."""
+    limit = _limit(graded)
+    cache = max(limit // 2, 1)
+    return min((limit - cache - graded.rollout.num_tokens) / cache, 0.0)
+
+
+def dapo_overlong(graded: Graded, share: float = 0.5) -> float:
+    """Ours: 0 until the last `share` of the limit begins, from there down to -1 at the limit, no further.
 
     Source: DAPO, arXiv 2503.14476, equation 13, L_cache = share * L_max.
     """
@@ -189,7 +207,13 @@ def soft_overlong(graded: Graded, share: float = 0.5) -> float:
 
 
 def length(graded: Graded) -> float:
-    """0.5 - num_tokens / max_tokens; no more than 0 if wrong, so that no wrong answer gains by brevity.
+    """num_tokens / max_tokens, right or wrong: long is good; at the limit 0. Source: DiRL, LengthReward."""
+    share = graded.rollout.num_tokens / _limit(graded)
+    return share if share < 1 else 0.0
+
+
+def brevity(graded: Graded) -> float:
+    """Ours: 0.5 - num_tokens / max_tokens; no more than 0 if wrong: no wrong answer gains by being short.
 
     Source: Kimi k1.5, arXiv 2501.12599, section 2.3.3. There the extremes are the shortest and longest of
     the group; here they are 0 and the limit, since a reward sees one response.
@@ -202,13 +226,13 @@ def speed(graded: Graded) -> float:
     """By TPF: right from 0.5 (slow) to 1 (fast), wrong from 0 (slow) to -0.5 (fast).
 
     With s = (1 - cos(pi * (TPF - 1) / (B - 1))) / 2 in [0, 1]: 0.5 + 0.5 s or -0.5 s, so that the
-    slowest right answer beats every wrong one. Source: github.com/OpenMOSS/DiRL, speed reward.
+    slowest right answer beats every wrong one. Source: DiRL, SpeedReward.
     """
     return 0.5 + 0.5 * _speed(graded) if graded.correct else -0.5 * _speed(graded)
 
 
 def speed_penalty(graded: Graded) -> float:
-    """0.5 if right; wrong from 0 (slow) to -0.5 (fast) as in `speed`. Source: github.com/OpenMOSS/DiRL."""
+    """0.5 if right; wrong from 0 (slow) to -0.5 (fast) as in `speed`. Source: DiRL, SpeedPenalty."""
     return 0.5 if graded.correct else -0.5 * _speed(graded)
 
 
@@ -224,17 +248,23 @@ def _limit(graded: Graded) -> int:
     return graded.max_tokens
 
 
+# A docstring that begins with "Ours" marks our own. The others have the names, forms and values of DiRL,
+# github.com/OpenMOSS/DiRL: train/orm.py, made in train/rollout_dapo_server.py; see docs/differences.md.
 REWARDS: dict[str, Callable[[Graded], float]] = {
     "accuracy": accuracy,
     "speed": speed,
     "speed_penalty": speed_penalty,
     "binary": binary,
     "boxed": boxed,
-    "format": think_format,
+    "format": think_only,
+    "think_format": think_format,
+    "think_first": think_first,
     "cosine": cosine,
     "repetition": repetition,
     "soft_overlong": soft_overlong,
+    "dapo_overlong": dapo_overlong,
     "length": length,
+    "brevity": brevity,
 }
 
 

@@ -23,19 +23,18 @@ def curves() -> list[tuple[str, list[report.Curve]]]:
     for steps in range(600, 149, -3):  # from 1 to 4 tokens per forward
         by_speed.append((600 / steps, reward.example(TEXT, tokens_per_forward=600 / steps)))
     panels = []
+    tokens, tpf = "tokens of the response (limit 8,192)", "tokens per forward (block size 4)"
+    blind = (reward.length, reward.soft_overlong, reward.dapo_overlong)  # to right and wrong
     for label, cases, functions in (
-        (
-            "tokens of the response (limit 8,192)",
-            by_length,
-            (reward.cosine, reward.length, reward.soft_overlong),
-        ),
-        ("tokens per forward (block size 4)", by_speed, (reward.speed, reward.speed_penalty)),
+        (f"{tokens}: DiRL's", by_length, (reward.cosine, reward.length, reward.soft_overlong)),
+        (f"{tokens}: ours", by_length, (reward.brevity, reward.dapo_overlong)),
+        (f"{tpf}: DiRL's", by_speed, (reward.speed, reward.speed_penalty)),
     ):
         found = []
         for function in functions:
-            for correct in (True,) if function is reward.soft_overlong else (True, False):
+            for correct in (True,) if function in blind else (True, False):
                 name = function.__name__.replace("_", " ")
-                if function is not reward.soft_overlong:
+                if function not in blind:
                     name += ", right" if correct else ", wrong"
                 graded = [dataclasses.replace(base, correct=correct, rollout=r) for _, r in cases]
                 found.append((name, [x for x, _ in cases], [function(g) for g in graded]))

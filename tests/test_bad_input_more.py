@@ -822,7 +822,8 @@ from plumbing import answers
 pieces, worst = json.loads(sys.argv[1]), (0.0, "", "")
 rules = [answers.normal_form.__wrapped__, answers.number, answers._decimals, answers._depth]
 rules += [answers.extract_answer, lambda text: answers.quick_verdict(text, "1", None)]
-rules += [lambda text: reward.think_format(SimpleNamespace(text=text))]
+for form in (reward.think_only, reward.think_format, reward.think_first):
+    rules.append(lambda text, form=form: form(SimpleNamespace(text=text)))
 rules += [lambda text: reward.repetition(SimpleNamespace(text=text))]
 for piece in pieces:
     for start in ("", "<think>", "\\\\text{", "1", " "):

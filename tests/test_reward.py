@@ -353,6 +353,29 @@ def test_accuracy_binary_boxed():
 
 
 @pytest.mark.parametrize(
+    ("text", "only", "closed"),
+    [
+        ("<think>2 + 2</think>", 1.0, 1.0),
+        ("<think>\n2 + 2\n</think>\n\n \t", 1.0, 1.0),
+        ("<think></think>", 1.0, 1.0),
+        ("<think>2</think> and <think>3</think>", 1.0, 1.0),
+        ("<think>2 + 2</think> 4", 0.0, 0.0),
+        ("<think>2 + 2</think> \n\n4", 0.0, 1.0),  # text after it, on a later line
+        ("2 + 2</think>", 0.0, 1.0),  # the prompt opened it
+        (" <think>2 + 2</think>", 0.0, 1.0),
+        ("<think>2 + 2", 0.0, 0.0),
+        ("<think>", 0.0, 0.0),
+        ("4", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_formats_as_published(text, only, closed):
+    case = graded(False, text=text)
+    wanted = {"format": only, "think_format": closed}
+    assert reward.values(case, wanted) == wanted
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [
         ("<think>2 + 2</think> 4", 1.0),
@@ -370,25 +393,26 @@ def test_accuracy_binary_boxed():
         ("", 0.0),
     ],
 )
-def test_think_format(text, value):
-    assert reward.think_format(graded(False, text=text)) == value
-    assert reward.REWARDS["format"] is reward.think_format
+def test_think_first(text, value):
+    assert reward.values(graded(False, text=text), {"think_first": 1.0}) == {"think_first": value}
 
 
 @pytest.mark.parametrize(
     ("correct", "num_tokens", "truncated", "value"),
     [
-        # of 300 tokens: (1 + cos 0) / 2 = 1, at a third (1 + 1/2) / 2 = 3/4, half way 1/2, at the end 0
+        # of 300 tokens: (1 + cos 0) / 2 = 1, at a third (1 + 1/2) / 2 = 3/4, half way 1/2
         (True, 0, False, 1.0),
         (True, 100, False, 0.875),
         (True, 150, False, 0.75),
-        (True, 300, False, 0.5),
+        (True, 200, False, 0.625),  # at two thirds (1 - 1/2) / 2 = 1/4
+        (True, 300, False, -0.5),  # as long as the limit: as if it had been cut off
         (False, 0, False, -0.5),
         (False, 100, False, -0.375),
         (False, 150, False, -0.25),
-        (False, 300, False, 0.0),
+        (False, 200, False, -0.125),
+        (False, 300, False, -0.5),
         (False, 300, True, -0.5),
-        (False, 303, False, 0.0),  # the last block may end beyond the limit
+        (False, 303, False, -0.5),  # the last block may end beyond the limit
     ],
 )
 def test_cosine(correct, num_tokens, truncated, value):
@@ -397,10 +421,26 @@ def test_cosine(correct, num_tokens, truncated, value):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "value"), [(0, 0.0), (150, 0.0), (151, -1 / 150), (225, -0.5), (300, -1.0), (400, -1.0)]
+    ("num_tokens", "value"), [(0, 0.0), (150, 0.0), (151, -1 / 150), (225, -0.5), (300, -1.0), (450, -2.0)]
 )
 def test_soft_overlong(num_tokens, value):
-    assert reward.soft_overlong(graded(True, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
+    case = graded(True, num_tokens=num_tokens, max_tokens=300)
+    wanted = {"soft_overlong": value, "dapo_overlong": max(value, -1.0)}
+    assert reward.values(case, wanted) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(("num_tokens", "value"), [(3, 0.0), (4, -0.5), (5, -1.0), (6, -1.5)])
+def test_soft_overlong_halves_an_odd_limit_downwards(num_tokens, value):
+    case = graded(True, num_tokens=num_tokens, max_tokens=5)  # the last 2 tokens of 5
+    assert reward.soft_overlong(case) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "value"), [(0, 0.0), (75, 0.25), (299, 299 / 300), (300, 0.0), (303, 0.0)]
+)
+@pytest.mark.parametrize("correct", [True, False])
+def test_length(correct, num_tokens, value):
+    assert reward.length(graded(correct, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -408,8 +448,8 @@ def test_soft_overlong(num_tokens, value):
     [(True, 0, 0.5), (True, 75, 0.25), (True, 150, 0.0), (True, 300, -0.5), (True, 400, -0.5),
      (False, 0, 0.0), (False, 75, 0.0), (False, 225, -0.25), (False, 300, -0.5)],
 )  # fmt: skip
-def test_length(correct, num_tokens, value):
-    assert reward.length(graded(correct, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
+def test_brevity(correct, num_tokens, value):
+    assert reward.brevity(graded(correct, num_tokens=num_tokens, max_tokens=300)) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +469,7 @@ def test_repetition(text, value):
     assert reward.repetition(graded(True, text=text)) == pytest.approx(value)
 
 
-@pytest.mark.parametrize("name", ["cosine", "soft_overlong", "length"])
+@pytest.mark.parametrize("name", ["cosine", "soft_overlong", "dapo_overlong", "length", "brevity"])
 def test_a_reward_of_length_without_the_limit_is_an_error(name):
     with pytest.raises(ValueError, match="max_tokens"):
         reward.values(graded(True), {name: 1.0})
