@@ -41,6 +41,9 @@ class DiPOConfig(TrainConfig):
     data: str = setting("data/generated/rl.jsonl", "question file", heading="Questions and groups")
     groups: int = setting(32, "useful groups wanted per step, over all ranks; surplus is kept", above=0)
     group_size: int = setting(16, "rollouts per question (G)", at_least=2)
+    keep_groups: Literal["spread", "correctness"] = setting(
+        "spread", "useful groups: those whose rewards differ, or those of right and wrong responses"
+    )
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
     rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; 0: left out", at_least=None)
     reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
@@ -52,6 +55,10 @@ class DiPOConfig(TrainConfig):
     normalizer: Literal["group", "batch", "sequence"] = setting("group", "see action_weight")
     clip_low: float = setting(0.2, "no gradient from ratios below 1 - clip_low if the advantage is negative")
     clip_high: float = setting(0.28, "no gradient from ratios above 1 + clip_high if it is positive")
+    log_ratio_clamp: float = setting(0.0, "log-ratios beyond +- this have no gradient; 0: off")
+    train_on: Literal["sampled", "softmax"] = setting(
+        "sampled", "the policy: what was sampled from, or the softmax before top_k and top_p"
+    )
     kl_beta: float = setting(0.0, "weight of the KL to the reference, the initial model; 0: none is loaded")
     updates: int = setting(1, "optimizer updates per batch of rollouts", above=0)
     gap_limit: dict[str, float] = setting(
@@ -77,6 +84,8 @@ class DiPOConfig(TrainConfig):
             raise InputError(f"config key rewards: {error}") from error
         if unknown := self.gap_limit.keys() - {"float32", "bfloat16"}:
             raise InputError(f"config key gap_limit: {min(unknown)}, expected float32 or bfloat16")
+        if (self.likelihood, self.train_on) == ("exact", "softmax"):
+            raise InputError("config key train_on: softmax, expected sampled, since likelihood is exact")
         check_sources(self)
 
 
@@ -119,16 +128,12 @@ class Group:
     rewards: list[dict[str, float]]  # per rollout and reward name, unweighted
     totals: list[float]  # per rollout, the weighted sum
     advantages: list[float]  # per rollout
+    useful: bool = True  # whether there is something to learn from it: config.keep_groups
 
     @property
     def trajectory_tokens(self) -> int:
         """Tokens of all trajectories, shown or not."""
         return sum(len(g.rollout.response_ids) for g in self.graded)
-
-    @property
-    def useful(self) -> bool:
-        """Whether the rewards differ, so that there is an advantage to learn from."""
-        return any(self.advantages)
 
 
 def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
@@ -137,7 +142,11 @@ def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
     for name, value in [pair for of_one in rewards for pair in of_one.items()]:
         noted(value, f"reward {name} of a response to {graded[0].question.where}")
     totals = [reward.total(r, config.rewards) for r in rewards]
-    return Group(number, graded, rewards, totals, group_advantages(rewards, totals, config))
+    advantages = group_advantages(rewards, totals, config)
+    useful = any(advantages)
+    if config.keep_groups == "correctness":
+        useful = len({g.correct for g in graded}) == 2
+    return Group(number, graded, rewards, totals, advantages, useful)
 
 
 def group_advantages(rewards: list[dict[str, float]], totals: list[float], config: DiPOConfig) -> list[float]:
@@ -205,8 +214,8 @@ def collect_groups(
     if not sums["useful"]:
         raise InputError(
             f"{config.data}: no useful group among {sums['groups']:.0f} questions in {config.max_rounds} "
-            "rounds: all rollouts of a question had the same reward (too easy, too hard, or max_tokens "
-            "too small)"
+            "rounds: all rollouts of a question had the same reward or verdict (too easy, too hard, or "
+            "max_tokens too small)"
         )
     # Per rollout, where not said otherwise; response_tokens are those that the user sees.
     return kept, {
@@ -298,6 +307,8 @@ def dipo_loss(
     """
     # Beyond the clip range an action that got better adds no gradient; one that got worse still does.
     log_ratio = logprobs - old_logprobs  # [M]
+    if config.log_ratio_clamp:
+        log_ratio = log_ratio.clamp(-config.log_ratio_clamp, config.log_ratio_clamp)
     ratio = log_ratio.exp()  # [M]
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)  # [M]
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)  # [M]
@@ -396,6 +407,12 @@ def pack_groups(groups: list[Group], config: DiPOConfig, block_size: int, mask_i
     return pack(views, block_size, mask_id, config.token_budget, plan)
 
 
+def policy_sampling(config: DiPOConfig) -> Decoding:
+    """The policy that is trained: what rollouts were sampled from, or the softmax before top-k and top-p."""
+    uncut = {"top_k": 0, "top_p": 1.0} if config.train_on == "softmax" else {}
+    return Decoding.from_config(config, **uncut)
+
+
 @torch.no_grad()
 def score_rows(
     packs: list[Packed], policy: BlockDiffusion, reference: BlockDiffusion | None, config: DiPOConfig
@@ -405,7 +422,7 @@ def score_rows(
     The old ones are the trainer's own (not the engine's, which rounds otherwise), taken before the first
     update. With one update per batch the policy is still that one: ratios are 1, and no extra pass is made.
     """
-    how, rows = Decoding.from_config(config), []
+    how, rows = policy_sampling(config), []
     for packed in packs:
         old = policy.score(packed, how).logprobs if config.updates > 1 else None
         of_reference = reference.score(packed, how).logprobs if reference is not None else None
@@ -422,7 +439,7 @@ def accumulate_gradients(
         For every row of this rank, sums over its actions: those of dipo_loss, loss, entropy, actions, holds;
         with the first update, before the policy moves, also train_tokens and those of engine_gap.
     """
-    (rank, world), how, stats = rank_and_world(), Decoding.from_config(config), []
+    (rank, world), how, stats = rank_and_world(), policy_sampling(config), []
     bar = progress(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
     for row in micro_batches(policy, rows, config.reduce_once):  # gradients are reduced after the last one
         # Every action of the row under the policy now, in one pass.

@@ -329,10 +329,11 @@ def noise(
     views: int = 1,
     complementary: bool = False,
     t_min: float = 0.02,
+    t_max: float = 0.0,
 ) -> Views:
     """Views of a training sequence drawn by random masking, weighted by 1/t.
 
-    Draw t ~ U(t_min, 1 - t_min), per sequence (DiRL) or per block (BD3-LM, eq. 8), and mask each
+    Draw t ~ U(t_min, t_max), per sequence (DiRL) or per block (BD3-LM, eq. 8), and mask each
     response token with probability t; its cross-entropy counts 1/t. `complementary` draws views in
     pairs: the second masks what the first did not, at 1 - t, so that each token is scored once per
     pair. A block in which nothing was masked makes no view. Weights are divided by `views`, not yet
@@ -343,6 +344,7 @@ def noise(
         prompt_tokens: how many of them are the prompt, never masked.
         per: what shares one t, "sequence" or "block".
         views: how many noised copies of each block; even if complementary.
+        t_max: 0: 1 - t_min; complementary needs that.
     """
     # Masks and their rates, one of each per noised copy of the sequence: [blocks, B].
     num_blocks = len(ids) // block_size
@@ -350,7 +352,7 @@ def noise(
     response = (np.arange(len(ids)) >= prompt_tokens).reshape(num_blocks, block_size)
     masks, rates = [], []
     for _ in range(views // 2 if complementary else views):
-        t = rng.uniform(t_min, 1 - t_min, size=(num_blocks, 1) if per == "block" else (1, 1))
+        t = rng.uniform(t_min, t_max or 1 - t_min, size=(num_blocks, 1) if per == "block" else (1, 1))
         mask = (rng.random(tokens.shape) < t) & response
         rate = np.broadcast_to(t, tokens.shape)
         masks.append(mask)

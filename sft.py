@@ -33,13 +33,16 @@ class SFTConfig(TrainConfig):
     noise_per: Literal["sequence", "block"] = setting("sequence", "the unit with one noise level t")
     views: int = setting(1, "noised copies of each block", above=0)
     complementary: bool = setting(False, "draw views in pairs that mask each other's complement")
-    t_min: float = setting(0.02, "noise levels are drawn from [t_min, 1 - t_min]", above=0, below=0.5)
+    t_min: float = setting(0.02, "noise levels are drawn from [t_min, t_max]", above=0, below=0.5)
+    t_max: float = setting(0.0, "the highest of them; 0: 1 - t_min", at_most=1)
 
     def check(self) -> None:
         """Check combinations of fields and the data file; see TrainConfig."""
         super().check()
         if self.complementary and self.views % 2:
             raise InputError(f"config key views: {self.views}, expected an even number of them")
+        if self.t_max and (self.complementary or self.t_max <= self.t_min):
+            raise InputError(f"config key t_max: {self.t_max}, expected 0, or more than t_min without pairs")
         check_sources(self)
 
 
@@ -137,7 +140,7 @@ def accumulate_gradients(
         noised.append(
             noise(
                 example.ids, example.prompt_tokens, block_size, rng,
-                config.noise_per, config.views, config.complementary, config.t_min,
+                config.noise_per, config.views, config.complementary, config.t_min, config.t_max,
             )
         )  # fmt: skip
     response_tokens = sum(len(e.ids) - e.prompt_tokens for _, e in batch)

@@ -191,6 +191,8 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("sft", "adam_beta2=1.5", ["adam_beta2"]),
         ("sft", "batch_size=0", ["batch_size"]),
         ("sft", "t_min=0.5", ["t_min"]),
+        ("sft", "t_max=1.1", ["t_max"]),
+        ("sft", "t_max=0.01", ["t_max", "t_min"]),
         ("sft", "block_size=-4", ["block_size"]),
         ("dipo", "threshold=-0.1", ["threshold"]),
         ("dipo", "temperature=0", ["temperature"]),
@@ -224,6 +226,14 @@ def test_the_command_that_the_cases_change_works(place) -> None:
 )
 def test_an_override_is_refused_by_its_key(place, script, override, wanted) -> None:
     assert_names(refused(place, script, override), *wanted)
+
+
+def test_noise_levels_of_pairs_are_symmetric(place) -> None:
+    assert_names(refused(place, "sft", "complementary=true", "views=2", "t_max=0.9"), "t_max", "pairs")
+
+
+def test_an_exact_likelihood_is_of_what_was_sampled(place) -> None:
+    assert_names(refused(place, "dipo", "likelihood=exact", "train_on=softmax"), "train_on", "exact")
 
 
 def test_odd_views_cannot_be_complementary(place) -> None:

@@ -25,6 +25,7 @@ from dipo import (
     group_advantages,
     make_group,
     pack_groups,
+    policy_sampling,
     sample_groups,
 )
 from masking import noise
@@ -164,6 +165,24 @@ def test_advantages_without_spread_are_zero():
         assert make_group(0, [graded_response(c) for c in (False, False, True)], config).useful
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "boxes", "spread", "correctness"),
+    [
+        ((True, False), (True, True), True, True),
+        ((False, False), (True, False), True, False),  # the rewards differ, and both are wrong
+        ((True, True), (True, False), True, False),
+        ((False, False), (True, True), False, False),
+        ((True, False), (False, True), False, True),  # 1 + 0 = 0 + 1: verdicts differ, rewards do not
+    ],
+)
+def test_groups_are_useful_by_spread_or_by_correctness(verdicts, boxes, spread, correctness):
+    pairs = zip(verdicts, boxes, strict=True)
+    graded = [graded_response(c, answer="1" if box else None) for c, box in pairs]
+    for keep, wanted in (("spread", spread), ("correctness", correctness)):
+        config = DiPOConfig(rewards={"accuracy": 1.0, "boxed": 10.0}, keep_groups=keep)
+        assert make_group(0, graded, config).useful is wanted
+
+
 def test_advantages_of_each_reward_separately():
     rewards = [{"accuracy": a, "speed": s} for a, s in ((1, 3), (1, 1), (1, 2), (1, 2))]
     weights = {"accuracy": 5.0, "speed": 0.5}
@@ -224,6 +243,28 @@ def test_loss_is_the_formula_action_by_action(beta):
     assert ("kl" in sums) == bool(beta)
     if beta:
         assert sums["kl"].item() == pytest.approx(kl)
+
+
+@pytest.mark.parametrize(("bound", "ratios", "slopes"), [
+    (0.0, [math.exp(-3), 1.2, math.exp(3)], [-math.exp(-3), -1.2, -math.exp(3)]),
+    (2.0, [math.exp(-2), 1.2, math.exp(2)], [0.0, -1.2, 0.0]),
+])  # fmt: skip
+def test_clamped_log_ratios_have_no_gradient(bound, ratios, slopes):
+    config = DiPOConfig(clip_low=1e9, clip_high=1e9, log_ratio_clamp=bound)  # nothing else is clipped
+    old, ones = torch.zeros(3, dtype=torch.double), torch.ones(3, dtype=torch.double)
+    logprobs = torch.tensor([-3.0, math.log(1.2), 3.0], dtype=torch.double, requires_grad=True)
+    loss, _ = dipo_loss(logprobs, old, ones, ones, config)
+    loss.backward()
+    assert loss.item() == pytest.approx(-sum(ratios))
+    assert logprobs.grad.tolist() == pytest.approx(slopes)
+
+
+def test_the_policy_that_is_trained_is_cut_like_the_one_sampled_from_or_not_at_all():
+    settings = {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
+    sampled = policy_sampling(DiPOConfig(**settings))
+    softmax = policy_sampling(DiPOConfig(**settings, train_on="softmax"))
+    assert (sampled.temperature, sampled.top_k, sampled.top_p) == (0.7, 50, 0.9)
+    assert (softmax.temperature, softmax.top_k, softmax.top_p) == (0.7, 0, 1.0)
 
 
 def test_weights_are_the_three_normalisers():
@@ -439,7 +480,7 @@ def sft_by_hand(network, batch, config, mask_id) -> float:
         rng = np.random.default_rng([config.seed, 1, number])
         noised = noise(
             e.ids, e.prompt_tokens, BLOCK, rng, config.noise_per, config.views,
-            config.complementary, config.t_min,
+            config.complementary, config.t_min, config.t_max,
         )  # fmt: skip
         for block, masked, weights in zip(noised.block.tolist(), noised.masked, noised.weights, strict=True):
             begin = block * BLOCK

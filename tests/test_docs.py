@@ -85,22 +85,27 @@ def test_a_config_holds_only_what_differs_from_the_defaults(name):
     assert content and not [key for key, value in content.items() if getattr(defaults, key) == value]
 
 
-@pytest.mark.parametrize("stage", ["sft", "dipo"])
+@pytest.mark.parametrize("stage", ["sft", "dipo", "sft_release", "dipo_release"])
 def test_the_published_configs_load_and_name_files_that_download_makes(stage, tmp_path, monkeypatch):
     """Without those files they say so, instead of training on something else."""
-    config_class = SCRIPTS[f"{stage}.py"]
+    name, _, release = stage.partition("_")
+    config_class = SCRIPTS[f"{name}.py"]
     monkeypatch.chdir(tmp_path)
     path = ["--config", str(ROOT / f"configs/sdar_8b_{stage}.yaml")]
     with pytest.raises(ValueError, match=r"data/hub/.*: no such data file: .*python data/download.py"):
         load_config(config_class, path)
-    name = yaml.safe_load(Path(path[1]).read_text())["data"]
-    assert Path(name).stem in download.DATASETS
+    given = yaml.safe_load(Path(path[1]).read_text())
+    assert Path(given["data"]).stem in download.DATASETS
     Path("data/hub").mkdir(parents=True)
-    Path("runs/sdar_8b_sft/latest").mkdir(parents=True)
-    Path(name).write_text("{}\n")
+    Path(given["model"]).mkdir(parents=True)
+    Path(given["data"]).write_text("{}\n")
     config = load_config(config_class, path)
-    assert (config.batch_size, config.lr) == (512, 1e-5) if stage == "sft" else config.groups == 128
-    if stage == "dipo":
+    assert config.lr == (1e-5 if name == "sft" else 1e-6)
+    assert config.adam_beta2 == (0.999 if release else 0.95)
+    if name == "sft":
+        assert config.batch_size == (64 if release else 512)
+    else:
+        assert (config.groups, config.group_size) == (128, 8 if release else 32)
         assert config.prompt == PROTOCOLS["dirl"]["prompt"], "trained on another prompt than evaluated on"
 
 

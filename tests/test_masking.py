@@ -407,6 +407,11 @@ def test_noise_rates():
     assert len(t) == 2 and t.sum() == pytest.approx(1.0)
     bounded = [noise(ids, 0, 4, rng, t_min=0.4).weights for _ in range(50)]
     assert all((1 / w >= 0.4).all() and (1 / w <= 0.6).all() for w in bounded)
+    released = [noise(ids, 0, 4, rng, t_min=0.001, t_max=1.0).weights for _ in range(300)]
+    rates = np.array([1 / w[0, 0] for w in released])
+    assert (rates >= 0.001).all() and rates.min() < 0.02 and 0.98 < rates.max() <= 1.0
+    same = [noise(ids, 0, 4, np.random.default_rng(5), t_max=t_max).weights for t_max in (0.0, 0.98)]
+    assert (same[0] == same[1]).all()
 
 
 def test_noise_repeats_with_its_generator():
