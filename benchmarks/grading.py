@@ -105,8 +105,8 @@ def rate(texts: list[str], golds: list[str], workers: int) -> float:
 
 # --------------------------------------------------------------------------------- right or wrong
 
-# Per class, ways to write it: `answer ~ gold`, separated by `;;`. <...> stand for golds of the benchmarks, see
-# `fillings`; a name that ends in 1 is that number plus 1, and 2*<p> is reckoned out.
+# Per class, ways to write it: `answer ~ gold`, separated by `;;`. <...> stand for golds of the benchmarks:
+# see `fillings`; a name that ends in 1 is that number plus 1, and 2*<p> is reckoned out.
 RIGHT = r"""
 unit in text: <value>\text{ units} ~ <value> ;; <a> units ~ <a> ;; <a>\text{ unit} ~ <a>
 square unit: <a> square units ~ <a> ;; <value>\text{ square units} ~ <value> ;;
@@ -169,7 +169,7 @@ repeating decimal: 0.\overline{3} ~ \frac13 ;; <a>.\overline{6} ~ <a>\frac23 ;;
     0.1\overline{6} ~ \frac16 ;; 0.\overline{<n>} ~ \frac{<n>}{99}
 thousands: <n>,<h> ~ <n><h> ;; <n>{,}<h> ~ <n><h> ;; <n>\,<h> ~ <n><h> ;; <n><h> ~ <n>,\!<h> ;;
     \frac{<n>,<h>}{\pi} ~ \frac{<n><h>}{\pi} ;; \frac{\pi}{<n>,<h>} ~ \frac{\pi}{<n><h>}
-millions: <a> million ~ <a>000000 ;; <a>\text{ million} ~ <a>,000,000 ;; \$<a> million ~ <a>000000 ;;
+millions: <a> million ~ <a>000000 ;; <n>\text{ million} ~ <n>,000,000 ;; \$<a> million ~ <a>000000 ;;
     <n>.5 million ~ <n>500000 ;; <a>\text{ thousand} ~ <a>000 ;; <a> billion ~ <a>000000000
 fraction: <p>/<q> ~ <fraction> ;; \dfrac{<p>}{<q>} ~ <fraction> ;; \frac{2*<p>}{2*<q>} ~ <fraction> ;;
     \frac{-<p>}{<q>} ~ -<fraction> ;; <p>\cdot\frac{1}{<q>} ~ <fraction>
@@ -246,10 +246,10 @@ repeating decimal: 0.\overline{3} ~ 0.3 ;; 0.\overline{<n>} ~ 0.<n> ;; <a>.\over
 thousands: <n>,<h> ~ <n> ;; <n>,<h> ~ <n>.<h> ;; \frac{<n>,<h>}{\pi} ~ \frac{<n>}{\pi}
 millions: <a> million ~ <a> ;; <a> ~ <a> million ;; <a> million ~ <a> billion ;;
     <a>\text{ thousand} ~ <a> ;; <a> million ~ <a>000
-side by side: <a> <b> ~ <a><b> ;; <a> 1/2 ~ <a>1/2 ;; <a> <b> ~ <a>*<b> ;; <a>1/2 ~ <a>\frac12 ;;
+side by side: 1 <n> ~ 1<n> ;; <a> 1/2 ~ <a>1/2 ;; <a> <b> ~ <a>*<b> ;; <a>1/2 ~ <a>\frac12 ;;
     1 <a> ~ <a>
 clock and ratio: 6:<t> ~ 7:<t> ;; 1:00 ~ 12:00 ;; <a>:<b> ~ <b>:<a1> ;; <a>:<b> ~ <a> ;; <a>:<b> ~ <b>
-division by zero: \frac<n1>0 ~ \frac<n>0 ;; <a>/0 ~ 0 ;; \frac{<a>}{0} ~ \infty ;;
+division by zero: \frac{<n1>}0 ~ \frac{<n>}0 ;; <a>/0 ~ 0 ;; \frac{<a>}{0} ~ \infty ;;
     \tan 90^\circ ~ \frac10
 letter case: <a>r^2 ~ <a>R^2 ;; <a>A ~ <a>a ;; <a>x+Y ~ <a>x+y ;; N-<a> ~ n-<a> ;;
     \frac{n}{<a>} ~ \frac{N}{<a>}

@@ -34,6 +34,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,24 +126,72 @@ def tolerance_of(error: Any) -> float | None:
 
 
 UNICODE = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": r"^\circ ", "∞": r"\infty "}
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "π": r"\pi ", "θ": r"\theta "}
     | {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∈": r"\in ", "\xa0": " "}
+    | {"°": r"^\circ ", "∞": r"\infty ", "′": "'", "’": "'", "⟨": "(", "⟩": ")"}
+    | {c: r"\frac{" + unicodedata.normalize("NFKC", c).replace("⁄", "}{") + "}" for c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 )
+RAISED, LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
+SCRIPTS = str.maketrans(RAISED + LOWERED, 2 * "0123456789+-n")
+ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def _plain(text: str) -> str:
+    """LaTeX for what Unicode has a character for: `x²`, `½`, `√2`."""
+    text = re.sub(f"[{RAISED}]+|[{LOWERED}]+", _script, text.translate(UNICODE))
+    return re.sub(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}", text).replace("√", r"\sqrt ")
+
+
+def _script(found: re.Match) -> str:
+    """`x¹²` as `x^{12}`."""
+    return ("^{" if found[0][0] in RAISED else "_{") + found[0].translate(SCRIPTS) + "}"
+
+
+def _repeating(found: re.Match) -> str:
+    r"""`1.2\overline{34}` as a fraction: (1234 - 12) / 990."""
+    whole, start, period = found.groups()
+    top = int(whole + start + period) - int(whole + start or 0)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(start)}}}"
+
+
+def _in_digits(found: re.Match) -> str:
+    """`5.25 million` as 5250000."""
+    whole, decimals, zeros = found[1].replace(",", ""), found[2] or "", ZEROS[found[3]]
+    return f"{whole}{decimals[:zeros].ljust(zeros, '0')}.{decimals[zeros:]}".rstrip(".")
+
+
 # In this order. (?<!\\) keeps the second half of a matrix's `\\` out of it; "whole" matches all or nothing.
 REWRITES = [
     # what surrounds: boxes, dollars, sizes of brackets; thousands; spaces
     (r"\\boxed\s*\{(.*)\}|\*\*(.*)\*\*", r"\1\2", "whole"),
     (r",\s*\\!\s*(?=\d{3})", ","),
+    (r"\\\\\[-?[\d.]+ ?[a-z]{2}\]", r"\\\\"),
+    (r"(?<!\\)\$\s*,|,\s*\$", ", "),  # `$35$,$129$` are two
     (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
+    (r"(?:(?<=\s)|(?<=^[a-z]))!=", r"\\ne "),
     (r"(?:(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s)+", " "),  # no two spaces from here on
+    (r"(\d{1,3}(?: \d{3})+)", lambda m: m[1].replace(" ", ""), "whole"),
+    (r"(?<=[a-z}])\{(\d{1,3}(?:,\d{3})+)\}", lambda m: "{" + m[1].replace(",", "") + "}"),
+    (r"[A-Za-z](\([^()\[\]]*\]|\[[^()\[\]]*\))[ .]*", r"\1", "whole"),  # `t(0,4]`
     # other names for the same command; degrees, percent, separators, money
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(l|g)(?:e|eq|eqslant)(?![a-z])", r"\\\1e "),
+    (r"(?:<|\\lt(?![a-z]))(=?)", lambda m: r"\le " if m[1] else "<"),
+    (r"(?:>|\\gt(?![a-z]))(=?)", lambda m: r"\ge " if m[1] else ">"),
+    (r"\\colon(?![a-z])", ":"),
+    (r"\\[lr]angle(?![a-z])", lambda m: "(" if m[0] == r"\langle" else ")"),
+    (r"\^\s*\{?\s*\\prime\s*\}?", "'"),
+    (r"(?<![\d.])(\d{0,30})\.(\d{0,30})\\(?:overline|bar|dot)\s*\{?(\d{1,30})\}?", _repeating),
+    (r"\\(?:math|text)rm\s*\{([ei])\}", r"\1"),
     (r"\\(?:math|text)(?:rm|bf|it|sf|normal)\s*\{|\\(?:mbox|operatorname\*?|text)\s*\{", r"\\text{"),
     (r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![a-z])|\\text\{\s*degrees?\s*\}", "°"),
     (r"\\%|\\text\{\s*(?:\\?%|percent)\s*\}|\s*\bpercent\b", "%"),
+    (rf"\\text\{{\s*({'|'.join(ZEROS)})\b\s*([^{{}}]*)\}}", r"\1\\text{\2}"),
+    (r"\\text\{\s*\}", ""),
+    (rf"(?<![\d.,])(\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.(\d+))? ?({'|'.join(ZEROS)})(?![a-z])", _in_digits),
+    (r"\\text\{([^{}^]*)\^\s*\{?\s*(-?\d)\s*\}?\s*\}", r"\\text{\1}^{\2}"),
     (r",?\s*(?:\\text\{\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))|;", ","),
     (r"\\text\{([^{}\d,;]*[\d,;][^{}]*)\}", r"\1", "whole"),
     (r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}"),
@@ -167,12 +216,14 @@ REWRITES = [(re.compile(p, re.DOTALL), r, bool(whole)) for p, r, *whole in REWRI
 @functools.lru_cache(maxsize=2**14)
 def normal_form(text: str) -> str:
     """One spelling for what LaTeX spells in many ways, without white space that means nothing."""
-    text = text.strip().translate(UNICODE)
+    text = text.strip()
+    if not text.isascii():
+        text = _plain(text)
     for pattern, replacement, whole in REWRITES:
         if not whole:
             text = pattern.sub(replacement, text)
         elif found := pattern.fullmatch(text):
-            text = found.expand(replacement)
+            text = replacement(found) if callable(replacement) else found.expand(replacement)
     return text.strip()
 
 
@@ -205,16 +256,41 @@ def quick_verdict(answer: str, gold: str, tolerance: float | None) -> Verdict | 
         return Verdict(False, "no answer")
     if max(len(answer), len(gold)) > MAX_CHARS:
         return Verdict(answer.strip() == gold.strip(), f"longer than {MAX_CHARS} characters")
-    if "".join(answer.split()) == "".join(gold.split()):
+    if _spaced(answer) == _spaced(gold):
         return Verdict(True, "same text")
     if _depth(answer) > MAX_DEPTH:
         return Verdict(False, f"brackets more than {MAX_DEPTH} deep")
-    answer, gold = normal_form(answer), normal_form(gold)
+    answer, gold = _normal_forms(answer, gold)
     if not answer or answer == gold:
         return Verdict(answer != "", "same normal form" if answer else "no answer")
     if number(answer) is not None and number(gold) is not None:
         return _compare_numbers(answer, gold, tolerance)
     return None
+
+
+def _spaced(text: str) -> str:
+    """A text without the white space that separates neither words nor numbers: `1 2` is not 12."""
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(text.split()))
+
+
+def _normal_forms(answer: str, gold: str) -> tuple[str, str]:
+    """Both in normal form, each read in the light of the other.
+
+    `200,807` is one number, except where the other side has several: then it is a list. A condition behind
+    `where` in the gold answer is not asked for.
+    """
+    if re.search(r"\bwhere\b", gold):
+        answer, gold = (re.split(r"\bwhere\b", text)[0].rstrip(" ,$") for text in (answer, gold))
+        answer = answer.removesuffix("\\text{")
+    form, gold_form = normal_form(answer), normal_form(gold)
+    if ("," in form or r"\pm" in form) and THOUSANDS.fullmatch(gold):
+        gold_form = gold.strip("$ ")
+    if "," in gold_form and THOUSANDS.fullmatch(answer):
+        form = f"({answer.strip('$ ')})"  # in order: 1,234 is not the list 234, 1
+    return form, gold_form
+
+
+THOUSANDS = re.compile(r"[$ ]*-?\d{1,3}(?:,\d{3})+[$ ]*")
 
 
 def _compare_numbers(answer: str, gold: str, tolerance: float | None) -> Verdict:
@@ -253,7 +329,52 @@ def split(text: str, separator: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-MATRIX = re.compile(r"\[?\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]+\})?(.*)\\end\{\1\}\]?", re.DOTALL)
+MATRIX = re.compile(
+    r"[(\[]?\\begin\{((?:small)?[pbB]?matrix|array)\}(?:\{[clr|]+\})?(.*?)\\end\{\1\}[)\]]?", re.DOTALL
+)
+
+
+def matrix(text: str) -> list[list[str]] | None:
+    r"""The rows of a matrix, or of a sum of multiples of matrices; None for anything else.
+
+    >>> matrix(r"-\begin{pmatrix}1&x\end{pmatrix}+2\begin{pmatrix}1&2\end{pmatrix}")
+    [['1/1', '(-1)(x)+(2)(2)']]
+    """
+    total, end = None, 0
+    for found in MATRIX.finditer(text):
+        # What stands before it: nothing, a sign or a factor; before all but the first also a sign.
+        factor = re.sub(r"\\(?:cdot|times) ?$", "", text[end : found.start()])
+        end = found.end()
+        sums = any(len(split(factor[1:], sign)) > 1 for sign in "+-=")
+        if sums or r"\begin" in found[2] or (total is not None and factor[:1] not in ("+", "-")):
+            return None
+        if factor in ("", "+", "-"):
+            factor += "1"
+
+        # Its rows, times the factor, added to those before it.
+        rows = [row.split("&") for row in re.sub(r"\\\\\s*$", "", found[2]).split(r"\\")]
+        rows = [[_times(factor, cell.strip()) for cell in row] for row in rows]
+        if total is None:
+            total = rows
+        elif list(map(len, total)) != list(map(len, rows)):
+            return None
+        else:
+            total = [list(map(_plus, *pair)) for pair in zip(total, rows, strict=True)]
+    return total if end == len(text) else None
+
+
+def _times(factor: str, cell: str) -> str:
+    """A product of two normal forms, reckoned out if they are numbers."""
+    if factor == "1":
+        return cell
+    a, b = number(factor), number(cell)
+    return f"({factor})({cell})" if a is None or b is None else _fraction(a * b)
+
+
+def _plus(one: str, other: str) -> str:
+    """A sum of two normal forms, reckoned out if they are numbers."""
+    a, b = number(one), number(other)
+    return f"{one}+{other}" if a is None or b is None else _fraction(a + b)
 
 
 def shape(text: str) -> tuple[str, list[str]]:
@@ -271,9 +392,10 @@ def shape(text: str) -> tuple[str, list[str]]:
         return "list", items
     if len(parts := split(text, r"\cup")) > 1:
         return "union", parts
-    if (found := MATRIX.fullmatch(text)) and r"\begin" not in found[2]:
-        rows = [row.split("&") for row in re.sub(r"\\\\\s*$", "", found[2]).split(r"\\")]
-        return f"{len(rows)} x {len(rows[0])} matrix", [cell.strip() for row in rows for cell in row]
+    if r"\begin" in text and (rows := matrix(text)):
+        return f"{len(rows)} x {len(rows[0])} matrix", [cell for row in rows for cell in row]
+    if len(parts := split(text, ":")) > 1 and "=" not in text:
+        return "ratio", parts
     if text[:1] in ("(", "[") and text[-1] in ")]" and _is_balanced(text[1:-1]):
         parts = split(text[1:-1], ",")
         if len(parts) > 1:
@@ -286,7 +408,7 @@ def _both_signs(items: list[str]) -> list[str]:
     signs = [(r"\pm", "+", "-"), (r"\mp", "-", "+")]
     result = []
     for item in items:
-        if not re.search(r"\\(pm|mp)\b", item):
+        if not re.search(r"\\(pm|mp)(?![a-z])", item):
             result.append(item)
             continue
         for which in (1, 2):
@@ -311,13 +433,46 @@ def _depth(text: str) -> int:
     return deepest if (pairs and depth == 0) or deepest > MAX_DEPTH else -1
 
 
-NAME = re.compile(
-    r"\\?[A-Za-z]+(?:_\{[^=]*\})?'*(?:\([a-z\d]+(?:,[a-z\d]+)*\))?|\([a-z](?:,[a-z])+\)|\\(?:angle|text|overline).*"
-)
+RELATIONS = re.compile(r"<|>|\\[lg]e(?![a-z]) ?|=")
+
+
+def _as_interval(text: str) -> str:
+    r"""`x\ge 2` as `[2,\infty)`, `1<x<2` as `(1,2)`, `x=3` as `\{3\}`; anything else as it is."""
+    values, signs = RELATIONS.split(text), RELATIONS.findall(text)
+    if signs == ["="] and values[0].isalpha():
+        return rf"\{{{values[1]}\}}"
+    if {sign.strip() for sign in signs} <= {">", r"\ge"}:
+        values, signs = values[::-1], signs[::-1]
+    elif not {sign.strip() for sign in signs} <= {"<", r"\le"}:
+        return text
+    if len(values) == 2 and values[0].isalpha():
+        values, signs = [r"-\infty", *values], ["<", *signs]
+    elif len(values) == 2:
+        values, signs = [*values, r"\infty"], [*signs, "<"]
+    if len(values) != 3 or not values[1].isalpha():
+        return text
+    left, right = ("(" if signs[0] in "<>" else "[", ")" if signs[1] in "<>" else "]")
+    return f"{left}{values[0]},{values[2]}{right}"
+
+
+def _as_union(kind: str, items: list[str]) -> str:
+    return r"\cup".join(items if kind == "union" else map(_as_interval, items))
+
+
+def _as_fraction(parts: list[str]) -> str:
+    """The ratio `1:2` as a fraction; a single part as it is."""
+    return rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0]
+
+
+def _is_name(text: str) -> bool:
+    """Whether what stands left of a `=` may name the value: `x`, `|AB|`, `f^{-1}(x)`, `(x,y)`, no sum."""
+    relation = re.search(r"^[-+\d.]|[<>]|\\(?:[lg]e|ne|pm|mp)(?![a-z])", text)
+    sums = any(len(split(text, sign)) > 1 for sign in "+-")
+    return bool(re.search("[A-Za-z]", text) and not relation and not sums)
 
 
 def compare(answer: str, gold: str, tolerance: float | None = None) -> Verdict:
-    """Verdict on two normal forms. May run for ever: see reward.py."""
+    """Verdict on two normal forms. May run for ever: see the top of this file."""
     if answer == gold:
         return Verdict(True, "same normal form")
     (kind, items), (gold_kind, gold_items) = shape(answer), shape(gold)
@@ -334,6 +489,12 @@ def compare(answer: str, gold: str, tolerance: float | None = None) -> Verdict:
             compare(a, g, tolerance).equal for a, g in zip(items, gold_items, strict=True)
         )
         return Verdict(equal, f"parts of a {gold_kind} in order")
+    if kinds == {"list", "union"}:  # x<1 or x>2
+        return compare(_as_union(kind, items), _as_union(gold_kind, gold_items), tolerance)
+    if (kind == "single" and "=" in answer) or (gold_kind == "single" and "=" in gold):
+        return _compare_named(answer, gold, tolerance)
+    if kinds == {"ratio", "single"} and len(items) + len(gold_items) == 3:
+        return compare(_as_fraction(items), _as_fraction(gold_items), tolerance)
     rest = kinds - {"single", "union"}  # an interval may also be an inequality, or pieces joined
     if len(rest) > 1 or not rest <= {"()", "(]", "[)", "[]"}:
         return Verdict(False, f"a {kind} is no {gold_kind}")
@@ -361,14 +522,15 @@ def _compare_named(answer: str, gold: str, tolerance: float | None) -> Verdict:
         variable, gold_variable = names[0][-2:-1], gold_names[0][-2:-1]
         if names[0] != gold_names[0]:
             value = re.sub(rf"(?<![\\A-Za-z]){variable}(?![A-Za-z])", gold_variable, value)
-        if NAME.fullmatch(gold_names[0]):
+        if _is_name(gold_names[0]):
             return compare(value, gold_value, tolerance)
     if names and not gold_names:
         # The question asks for x + y, and the answer says x + y = 5. But 2x - y = 0 is no way to say 0.
-        named = NAME.fullmatch(names[0]) or not re.search("[A-Za-z]", names[0]) or number(gold)
-        if named and not re.search(r"[<>]|\\[lgn]e\b", gold):
+        named = _is_name(names[0]) or not re.search("[A-Za-z]", names[0])
+        variables = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold))
+        if (named or (gold != "0" and not variables)) and not re.search(r"[<>]|\\[lgn]e\b", gold):
             return compare(value, gold, tolerance)
-    if gold_names and not names and NAME.fullmatch(gold_names[0]):
+    if gold_names and not names and _is_name(gold_names[0]):
         return compare(answer, gold_value, tolerance)
     if names and gold_names:
         return _compare_expressions(answer, gold, tolerance)
@@ -439,15 +601,15 @@ def split_unit(text: str) -> tuple[str, dict[str, int] | None, Fraction]:
 def _is_unit(text: str) -> bool:
     """Whether letters behind a number, without `\text`, are a unit or a noun: `5m` is 5 times m."""
     words = re.findall("[A-Za-z]+", text)
-    return all(_is_word(w) or (len(w) > 1 and w.lower() in UNITS) or w == "h" for w in words)
+    return all(_is_word(w) or (len(w) > 1 and w.lower() in UNITS) or w in ("h", "sq", "cu") for w in words)
 
 
 def _compare_quantities(answer: str, gold: str, tolerance: float | None) -> Verdict:
     """Values with their units: `1.5` hours are `90` minutes."""
     value, unit, factor = split_unit(answer)
     gold_value, gold_unit, gold_factor = split_unit(gold)
-    if unit is None and gold_unit is None:
-        return _compare_single(answer, gold, tolerance)
+    if unit is None and gold_unit is None:  # `5` and `5 units`
+        return _compare_single(value, gold_value, tolerance)
     if unit is not None and gold_unit is not None:
         if unit != gold_unit:
             return Verdict(False, "different units")
@@ -498,6 +660,8 @@ def _compare_single(answer: str, gold: str, tolerance: float | None) -> Verdict:
     """Numbers as numbers, words as words, the rest as expressions."""
     if number(answer) is not None and number(gold) is not None:
         return _compare_numbers(answer, gold, tolerance)
+    if any(number(text) is None and re.search(r"\d \d", text) for text in (answer, gold)):
+        return Verdict(False, "numbers side by side: only the same text is equal")
     words, gold_words = _words(answer), _words(gold)
     if words is not None or gold_words is not None:
         return Verdict(words == gold_words, "words")
@@ -514,16 +678,18 @@ def _compare_single(answer: str, gold: str, tolerance: float | None) -> Verdict:
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str):
-    """A sympy object by math-verify, on LaTeX only: nothing is evaluated as Python. None if it fails."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse
+    """A sympy object, from LaTeX only: nothing is evaluated as Python. None if it cannot be read."""
+    import sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 
-    # Without its units: it takes the variable of 3m for metres and drops it.
-    rules = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="last")
-    latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
-    text = text.replace("°", r"^{\circ}").replace("%", r"\%")
-    parsed = parse(f"\\boxed{{{text}}}", latex, fallback_mode="no_fallback", parsing_timeout=None)
-    return parsed[0] if parsed else None
+    # Without its units: it takes the variable of 3m for metres and drops it. With capitals: R is not r.
+    rules = NormalizationConfig(basic_latex=True, malformed_operators=True)
+    how = {"normalization_config": rules, "conversion_config": ConversionConfig(lowercase_symbols=False)}
+    try:
+        parsed = latex2sympy(text.replace("°", r"^{\circ}").replace("%", r"\%"), is_real=True, **how)
+    except Exception:  # noqa: BLE001  of many kinds
+        return None
+    return parsed.subs(sympy.Symbol("i", real=True), sympy.I) if isinstance(parsed, sympy.Expr) else parsed
 
 
 def _compare_expressions(answer: str, gold: str, tolerance: float | None) -> Verdict:
@@ -531,9 +697,13 @@ def _compare_expressions(answer: str, gold: str, tolerance: float | None) -> Ver
     import sympy
     from math_verify import verify
 
+    if "'" in answer + gold:
+        return Verdict(False, "primes: only the same text is equal")  # the parser drops them
     a, g = _parse(answer), _parse(gold)
     if a is None or g is None:
         return Verdict(False, "cannot be read as mathematics: only the same text is equal")
+    if any(isinstance(x, sympy.Basic) and x.has(sympy.zoo, sympy.nan) for x in (a, g)):
+        return Verdict(False, "a division by zero")
     if a == g:
         return Verdict(True, "same expression")
     for expression in (a, g):
@@ -775,7 +945,7 @@ def _serve_tasks(replies) -> None:
         answer, gold, tolerance, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            verdict = compare(normal_form(answer), normal_form(gold), tolerance)
+            verdict = compare(*_normal_forms(answer, gold), tolerance)
         except Exception as error:  # noqa: BLE001  whatever an answer provokes, it is not a right answer
             too_large = isinstance(error, Overflow)
             verdict = False, "too large to compute" if too_large else f"no verdict ({type(error).__name__})"
