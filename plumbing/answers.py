@@ -43,7 +43,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MEMORY_BYTES = 4 * 2**30  # address space of a worker; math-verify itself needs about 0.1 GiB
+MEMORY_BYTES = 280 * 2**20  # memory of a worker, without files that it maps; math-verify needs 0.1 GiB
 START_SECONDS = 120  # importing sympy from a cold network disk can take a while
 SECONDS = 2.0  # processor time for one comparison; honest ones take a few hundredths
 MAX_CHARS = 2_000  # a longer answer is no final answer, and parsing time grows with the length
@@ -913,9 +913,9 @@ def _serve() -> None:
     """Body of a worker: load sympy once, then compare in a child, and in the next when that dies."""
     import resource
 
-    hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    hard_limit = resource.getrlimit(resource.RLIMIT_DATA)[1]
     with contextlib.suppress(ValueError):  # the limit in force is already lower
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, hard_limit))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard_limit))
     # Their default action ends the process without asking Python, hence also within C.
     for alarm in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(alarm, signal.SIG_DFL)
