@@ -3,15 +3,22 @@ r"""Answers: does what stands in the box mean the same as the gold answer?
 `extract_answer` finds the box, `normal_form` gives LaTeX one spelling, and `compare` goes by
 structure: it takes lists, sets, tuples, intervals and matrices apart, then equations, units,
 numbers and words. math-verify is asked only about single expressions, where it is right. (Alone it
-reads `Tom` as T*o*m and so as `Mot`, `5 km` as `5 m`, `3m` as `3`, and takes any two equations
-without solutions for the same.)
+reads `Tom` as T*o*m and so as `Mot`, `5 km` as `5 m`, `3m` as `3`, `R` as `r`, `5'` as `5`, `6:00` as
+`7:00`, and takes any two equations without solutions for the same.)
 
     any order     lists `1,2` (also `or`, `\pm`), sets `\{1,2\}`, unions of intervals
-    in order      tuples and intervals with their brackets, matrices; `3,2` will do for `(3,2)`
+    in order      tuples and intervals with their brackets, matrices and sums of their multiples, ratios;
+                  `3,2` will do for `(3,2)`, and `1:2` for 1/2
+    chains        the last value counts: `|AB| = 2 + 3 = 5`. A left side names the value, if it is no sum or
+                  multiple of unknowns, or if the value is a number; `5x - 7y = 0` is no way to say 0
     one side only a unit, a percent or degree sign, a base, `x =`: not held against the answer, as the
                   question has settled it; what both sides write must agree, or convert (km and m)
     decimals      exact, except that six digits or more may be the rounding of what is no decimal
-    words         without regard to capitals; never as products of letters
+    spaces        `1 2` is not 12, and `1 1/2` not 11/2; `10 000` is one number
+    letters       R is not r, x' not x; words are the same with capitals, and never products of letters
+    sentences     `The answer is 5` is not 5: a box holds the value alone, which is easy to learn and to
+                  check; a sentence may deny or hedge what it ends in. Only `for all x` is passed over, and
+                  what follows `where` if the gold answer has such a condition, as it cannot be compared
 
 The policy writes the answers, so they are hostile sooner or later: `9^{9^{9^{9}}}` never finishes.
 `judge_all` therefore compares in worker processes which the kernel ends at a limit of processor time; a
@@ -166,11 +173,12 @@ REWRITES = [
     (r"\\boxed\s*\{(.*)\}|\*\*(.*)\*\*", r"\1\2", "whole"),
     (r",\s*\\!\s*(?=\d{3})", ","),
     (r"\\\\\[-?[\d.]+ ?[a-z]{2}\]", r"\\\\"),
+    (r"\\text\{[^{}]*$", ""),  # a text that was cut off
     (r"(?<!\\)\$\s*,|,\s*\$", ", "),  # `$35$,$129$` are two
     (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
-    (r"(?:(?<=\s)|(?<=^[a-z]))!=", r"\\ne "),
+    (r"(?:(?<=\s)|(?<=^[x-z]))!=", r"\\ne "),  # and no factorial
     (r"(?:(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s)+", " "),  # no two spaces from here on
     (r"(\d{1,3}(?: \d{3})+)", lambda m: m[1].replace(" ", ""), "whole"),
     (r"(?<=[a-z}])\{(\d{1,3}(?:,\d{3})+)\}", lambda m: "{" + m[1].replace(",", "") + "}"),
@@ -276,12 +284,11 @@ def _spaced(text: str) -> str:
 def _normal_forms(answer: str, gold: str) -> tuple[str, str]:
     """Both in normal form, each read in the light of the other.
 
-    `200,807` is one number, except where the other side has several: then it is a list. A condition behind
-    `where` in the gold answer is not asked for.
+    `200,807` is one number, except where the other side has several: then it is a list. `for all x` says
+    nothing, and a condition behind `where` is not asked for if the gold answer has one.
     """
-    if re.search(r"\bwhere\b", gold):
-        answer, gold = (re.split(r"\bwhere\b", text)[0].rstrip(" ,$") for text in (answer, gold))
-        answer = answer.removesuffix("\\text{")
+    condition = r"\b(?:where|for (?:all|any|every))\b" if "where" in gold else r"\bfor (?:all|any|every)\b"
+    answer, gold = (re.split(condition, text)[0] for text in (answer, gold))
     form, gold_form = normal_form(answer), normal_form(gold)
     if ("," in form or r"\pm" in form) and THOUSANDS.fullmatch(gold):
         gold_form = gold.strip("$ ")
@@ -337,44 +344,27 @@ MATRIX = re.compile(
 def matrix(text: str) -> list[list[str]] | None:
     r"""The rows of a matrix, or of a sum of multiples of matrices; None for anything else.
 
-    >>> matrix(r"-\begin{pmatrix}1&x\end{pmatrix}+2\begin{pmatrix}1&2\end{pmatrix}")
-    [['1/1', '(-1)(x)+(2)(2)']]
+    >>> matrix(r"\begin{pmatrix}1&x\end{pmatrix}-2\begin{pmatrix}3&4\end{pmatrix}")
+    [['1+(-2)\\cdot(3)', 'x+(-2)\\cdot(4)']]
     """
-    total, end = None, 0
+    total, end = [], 0
     for found in MATRIX.finditer(text):
         # What stands before it: nothing, a sign or a factor; before all but the first also a sign.
         factor = re.sub(r"\\(?:cdot|times) ?$", "", text[end : found.start()])
         end = found.end()
         sums = any(len(split(factor[1:], sign)) > 1 for sign in "+-=")
-        if sums or r"\begin" in found[2] or (total is not None and factor[:1] not in ("+", "-")):
+        if sums or r"\begin" in found[2] or (total and factor[:1] not in ("+", "-")):
             return None
-        if factor in ("", "+", "-"):
-            factor += "1"
 
         # Its rows, times the factor, added to those before it.
         rows = [row.split("&") for row in re.sub(r"\\\\\s*$", "", found[2]).split(r"\\")]
-        rows = [[_times(factor, cell.strip()) for cell in row] for row in rows]
-        if total is None:
-            total = rows
-        elif list(map(len, total)) != list(map(len, rows)):
+        times = {"": "", "+": "", "-": r"(-1)\cdot"}.get(factor, rf"({factor})\cdot")
+        rows = [[f"{times}({cell.strip()})" if times else cell.strip() for cell in row] for row in rows]
+        if total and list(map(len, total)) != list(map(len, rows)):
             return None
-        else:
-            total = [list(map(_plus, *pair)) for pair in zip(total, rows, strict=True)]
+        pairs = zip(total, rows, strict=True) if total else []
+        total = [["+".join(cells) for cells in zip(*pair, strict=True)] for pair in pairs] or rows
     return total if end == len(text) else None
-
-
-def _times(factor: str, cell: str) -> str:
-    """A product of two normal forms, reckoned out if they are numbers."""
-    if factor == "1":
-        return cell
-    a, b = number(factor), number(cell)
-    return f"({factor})({cell})" if a is None or b is None else _fraction(a * b)
-
-
-def _plus(one: str, other: str) -> str:
-    """A sum of two normal forms, reckoned out if they are numbers."""
-    a, b = number(one), number(other)
-    return f"{one}+{other}" if a is None or b is None else _fraction(a + b)
 
 
 def shape(text: str) -> tuple[str, list[str]]:
@@ -438,35 +428,25 @@ RELATIONS = re.compile(r"<|>|\\[lg]e(?![a-z]) ?|=")
 
 def _as_interval(text: str) -> str:
     r"""`x\ge 2` as `[2,\infty)`, `1<x<2` as `(1,2)`, `x=3` as `\{3\}`; anything else as it is."""
-    values, signs = RELATIONS.split(text), RELATIONS.findall(text)
-    if signs == ["="] and values[0].isalpha():
+    values, signs = RELATIONS.split(text), [sign.strip() for sign in RELATIONS.findall(text)]
+    if signs == ["="]:
         return rf"\{{{values[1]}\}}"
-    if {sign.strip() for sign in signs} <= {">", r"\ge"}:
+    if set(signs) <= {">", r"\ge"}:
         values, signs = values[::-1], signs[::-1]
-    elif not {sign.strip() for sign in signs} <= {"<", r"\le"}:
+    elif not set(signs) <= {"<", r"\le"}:
         return text
-    if len(values) == 2 and values[0].isalpha():
-        values, signs = [r"-\infty", *values], ["<", *signs]
-    elif len(values) == 2:
-        values, signs = [*values, r"\infty"], [*signs, "<"]
+    if len(values) == 2:  # one end is infinite
+        below = values[0].isalpha()
+        values = [r"-\infty", *values] if below else [*values, r"\infty"]
+        signs = ["<", *signs] if below else [*signs, "<"]
     if len(values) != 3 or not values[1].isalpha():
         return text
-    left, right = ("(" if signs[0] in "<>" else "[", ")" if signs[1] in "<>" else "]")
-    return f"{left}{values[0]},{values[2]}{right}"
-
-
-def _as_union(kind: str, items: list[str]) -> str:
-    return r"\cup".join(items if kind == "union" else map(_as_interval, items))
-
-
-def _as_fraction(parts: list[str]) -> str:
-    """The ratio `1:2` as a fraction; a single part as it is."""
-    return rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0]
+    return ("[" if "e" in signs[0] else "(") + f"{values[0]},{values[2]}" + ("]" if "e" in signs[1] else ")")
 
 
 def _is_name(text: str) -> bool:
-    """Whether what stands left of a `=` may name the value: `x`, `|AB|`, `f^{-1}(x)`, `(x,y)`, no sum."""
-    relation = re.search(r"^[-+\d.]|[<>]|\\(?:[lg]e|ne|pm|mp)(?![a-z])", text)
+    """Whether what stands left of a `=` may name the value: `|AB|`, `f^{-1}(x)`, not `2x`, `x^2`, `x+y`."""
+    relation = re.search(r"^[-+\d.]|^[A-Za-z]\^\{\d|[<>]|\\(?:[lg]e|ne|pm|mp)(?![a-z])", text)
     sums = any(len(split(text, sign)) > 1 for sign in "+-")
     return bool(re.search("[A-Za-z]", text) and not relation and not sums)
 
@@ -490,11 +470,14 @@ def compare(answer: str, gold: str, tolerance: float | None = None) -> Verdict:
         )
         return Verdict(equal, f"parts of a {gold_kind} in order")
     if kinds == {"list", "union"}:  # x<1 or x>2
-        return compare(_as_union(kind, items), _as_union(gold_kind, gold_items), tolerance)
+        union, gold_union = (r"\cup".join(map(_as_interval, parts)) for parts in (items, gold_items))
+        return compare(union, gold_union, tolerance)
     if (kind == "single" and "=" in answer) or (gold_kind == "single" and "=" in gold):
         return _compare_named(answer, gold, tolerance)
     if kinds == {"ratio", "single"} and len(items) + len(gold_items) == 3:
-        return compare(_as_fraction(items), _as_fraction(gold_items), tolerance)
+        fraction = rf"\frac{{{items[0]}}}{{{items[-1]}}}" if kind == "ratio" else answer
+        gold_fraction = rf"\frac{{{gold_items[0]}}}{{{gold_items[-1]}}}" if gold_kind == "ratio" else gold
+        return compare(fraction, gold_fraction, tolerance)
     rest = kinds - {"single", "union"}  # an interval may also be an inequality, or pieces joined
     if len(rest) > 1 or not rest <= {"()", "(]", "[)", "[]"}:
         return Verdict(False, f"a {kind} is no {gold_kind}")
@@ -528,7 +511,7 @@ def _compare_named(answer: str, gold: str, tolerance: float | None) -> Verdict:
         # The question asks for x + y, and the answer says x + y = 5. But 2x - y = 0 is no way to say 0.
         named = _is_name(names[0]) or not re.search("[A-Za-z]", names[0])
         variables = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold))
-        if (named or (gold != "0" and not variables)) and not re.search(r"[<>]|\\[lgn]e\b", gold):
+        if (named or (number(gold) != 0 and not variables)) and not re.search(r"[<>]|\\[lgn]e\b", gold):
             return compare(value, gold, tolerance)
     if gold_names and not names and _is_name(gold_names[0]):
         return compare(answer, gold_value, tolerance)
@@ -689,7 +672,7 @@ def _parse(text: str):
         parsed = latex2sympy(text.replace("°", r"^{\circ}").replace("%", r"\%"), is_real=True, **how)
     except Exception:  # noqa: BLE001  of many kinds
         return None
-    return parsed.subs(sympy.Symbol("i", real=True), sympy.I) if isinstance(parsed, sympy.Expr) else parsed
+    return parsed.subs(sympy.Symbol("i", real=True), sympy.I) if isinstance(parsed, sympy.Basic) else parsed
 
 
 def _compare_expressions(answer: str, gold: str, tolerance: float | None) -> Verdict:
