@@ -510,8 +510,8 @@ def _compare_named(answer: str, gold: str, tolerance: float | None) -> Verdict:
     if names and not gold_names:
         # The question asks for x + y, and the answer says x + y = 5. But 2x - y = 0 is no way to say 0.
         named = _is_name(names[0]) or not re.search("[A-Za-z]", names[0])
-        variables = re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold))
-        if (named or (number(gold) != 0 and not variables)) and not re.search(r"[<>]|\\[lgn]e\b", gold):
+        is_value = number(gold) != 0 and not re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", gold))
+        if (named or is_value) and not re.search(r"[<>]|\\[lgn]e\b", answer + gold):
             return compare(value, gold, tolerance)
     if gold_names and not names and _is_name(gold_names[0]):
         return compare(answer, gold_value, tolerance)
