@@ -269,7 +269,8 @@ def sample_groups(
         repeated += [questions[index]] * config.group_size
 
     # This rank's engine generates them.
-    how, quiet = Decoding.from_config(config), rank_and_world()[0] > 0
+    how = Decoding.from_config(config, holds=config.likelihood == "exact")
+    quiet = rank_and_world()[0] > 0
     with progress(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
         rollouts = generate_all(
             engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy)
@@ -348,22 +349,41 @@ def action_weight(
     return 1 / (trajectory_tokens * config.group_size * all_groups)
 
 
-def engine_gap(ours: torch.Tensor, theirs: torch.Tensor, held: torch.Tensor) -> dict[str, torch.Tensor]:
+def engine_gap(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor) -> dict[str, torch.Tensor]:
     """Sums and maximum of |trainer - engine| log-probability over reveals, and its k3-KL.
 
     Both scored the same tokens in the same states, so in float32 it is rounding (< 1e-4). It grows
     if mask, positions, cache, step map, temperature or a stale weight disagree. The guard looks at the
     mean of the capped one, to which a single token, however far off, adds 1 at most.
     """
-    ours, theirs = ours[~held], theirs[~held]
+    ours, theirs = trainer[~held], engine[~held]
     gap = (ours - theirs).abs()
+    hold_gap = (trainer - engine)[held].abs().clamp(max=1.0)
     return {
         "gap": gap.sum(),
         "gap_capped": gap.clamp(max=1.0).sum(),
+        "gap_holds": hold_gap.sum(),
         "gap_kl": k3(theirs, ours).sum(),
         "reveals": (~held).sum(),
         "gap_max": gap.max().item() if len(gap) else 0.0,
     }
+
+
+def hold_agreement(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """Weights [M] of the actions: 1, less for a hold that the trainer finds less likely than the engine did.
+
+    The engine drew from its own rounding mu of the policy pi. Off-policy the gradient of a hold's
+    log-probability has the weight pi / mu; `truncated` at 1 it is biased only where they disagree, and has
+    no tail (truncated importance sampling, Ionides 2008). It matters for holds alone: if two sure positions
+    are in another order for the trainer, the mass it finds below the bound falls from nearly 1 to nearly 0
+    at once, and the gradient of a log near 0 is as large as that of all reveals of the block. A reveal's
+    log-probability is smooth, and differs by the rounding only.
+
+    Args:
+        trainer, engine: [M] log-probabilities before the first update.
+    """
+    disagreement = torch.where(held, (trainer - engine).clamp(max=0.0), 0.0)
+    return disagreement.exp()
 
 
 # ------------------------------------------------------------------------------ training
@@ -445,15 +465,15 @@ def accumulate_gradients(
         # Every action of the row under the policy now, in one pass.
         packed = row.packed
         scores = policy.score(packed, how)
-        now = scores.logprobs.detach()
+        now, held = scores.logprobs.detach(), packed.targets == HOLD
         old = now if row.old_logprobs is None else row.old_logprobs
+        weights = packed.weights * hold_agreement(old, packed.engine_logprobs, held)
         loss, sums = dipo_loss(
-            scores.logprobs, old, packed.advantages, packed.weights, config, row.reference_logprobs
+            scores.logprobs, old, packed.advantages, weights, config, row.reference_logprobs
         )
         (loss * world).backward()  # FSDP2 averages over ranks, the loss is a sum over them
 
         # Sums for metrics.jsonl.
-        held = packed.targets == HOLD
         sums |= {"loss": loss.detach(), "entropy": scores.entropy.sum()}
         sums |= {"actions": len(packed.scored), "holds": held.sum()}
         if first_update:
@@ -485,6 +505,7 @@ def training_metrics(stats: list[dict[str, float]], config: DiPOConfig) -> dict[
         "gap_max": gap_max,
         "gap_capped": sums["gap_capped"] / sums["reveals"],
         "gap_kl": sums["gap_kl"] / sums["reveals"],
+        "gap_holds": sums["gap_holds"] / max(sums["holds"], 1),
         "train_tokens": int(sums["train_tokens"]),
     }
     return metrics | ({"kl": sums["kl"] / sums["actions"]} if "kl" in sums else {})

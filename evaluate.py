@@ -337,7 +337,7 @@ def respond_and_keep(
     known = {}
     for seed, record in kept.items():
         fields = {field: record[field] for field in KEPT}
-        known[seed] = Rollout(prompt_ids=[], logprobs=[], hold_bounds=[], **fields)
+        known[seed] = Rollout(prompt_ids=[], logprobs=[], **fields)
     seconds = {seed: record["seconds"] for seed, record in kept.items()}
     start = time.perf_counter() - max(seconds.values(), default=0.0)
 
@@ -352,7 +352,7 @@ def respond_and_keep(
             record = {field: getattr(rollout, field) for field in KEPT}
             file.write(json.dumps(record | {"seconds": seconds[rollout.seed]}) + "\n")
             file.flush()
-            rollout.logprobs, rollout.hold_bounds = [], []  # not needed here, and much to send
+            rollout.logprobs = []  # not needed here, and much to send
 
         graded = respond(
             engine, tokenizer, questions, how, config.samples, config.prompt, config.seed,

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,11 +67,11 @@ class Packed:
     view: torch.Tensor  # [N] 0 = clean copy, otherwise unique in the row
     scored: torch.Tensor  # [M] index into N of the positions that the LM head scores
     targets: torch.Tensor  # [M] the token revealed there, or HOLD
-    bounds: torch.Tensor  # [M] a hold: draws whose probability is below this were thrown away
+    bounds: torch.Tensor  # [M] a hold: draws whose log p is below this were thrown away
     weights: torch.Tensor  # [M] weight of the action in the loss
     advantages: torch.Tensor  # [M] advantage of the action (DiPO)
     source: torch.Tensor  # [M] index of the sequence in the list given to `pack`
-    engine_logprobs: torch.Tensor  # [M] log-probability at reveal by the rollout engine, else nan
+    engine_logprobs: torch.Tensor  # [M] of the action by the rollout engine; nan: it recorded none
     block_size: int
 
     def to(self, device: torch.device | str) -> Packed:
@@ -258,7 +258,10 @@ class Trajectory:
     steps: list[int]  # [R] the step map: at which denoising step each token was revealed, counted from 1
     # through the whole response, so that no two blocks share a number
     logprobs: list[float]  # [R] the engine's log g of each token at the moment of its reveal
-    hold_bounds: list[float]  # [R] in that token's step, draws less probable than this were held
+    # What the token was before: for each step of its block at which it held, in order, the log p below which
+    # its draw was held, and the engine's log-probability of that. Recorded for the exact likelihood only.
+    hold_bounds: list[list[float]] = field(default_factory=list, kw_only=True)
+    hold_logprobs: list[list[float]] = field(default_factory=list, kw_only=True)
 
 
 def replay(
@@ -283,7 +286,7 @@ def replay(
         weight, advantage: in the loss, the same for every action of the trajectory.
 
     Raises:
-        ValueError: the trajectory is not whole blocks.
+        ValueError: the trajectory is not whole blocks, or exact and its holds were not recorded.
     """
     prompt = len(trajectory.prompt_ids)
     ids = np.array(trajectory.prompt_ids + trajectory.response_ids)
@@ -291,33 +294,50 @@ def replay(
         raise ValueError(f"a trajectory of {ids.size} tokens is not whole blocks of {block_size}")
 
     # The record by position; the prompt was revealed at step 0, before everything.
-    steps, bounds, logprobs = np.zeros(ids.size, int), np.zeros(ids.size), np.zeros(ids.size)
+    steps, logprobs = np.zeros(ids.size, int), np.zeros(ids.size)
     steps[prompt:] = trajectory.steps
-    bounds[prompt:] = trajectory.hold_bounds
     logprobs[prompt:] = trajectory.logprobs
 
-    # A view per (block, step) that happened, in order; `first` finds one token of each. In the example
-    # [[0 0 1 1 1 1], [1 2 3 3 4 3]] has the different columns block 0 0 1 1, step 1 2 3 4, first 0 1 2 4.
+    # A view per (block, step) that happened, in order; in the example block 0 0 1 1, step 1 2 3 4. Within
+    # their blocks they are number 0 1 0 1.
     blocks = np.arange(prompt, ids.size) // block_size
-    columns, first = np.unique(np.stack([blocks, steps[prompt:]]), axis=1, return_index=True)
-    block, step = columns  # [K] each
-    bound = bounds[prompt + first]  # [K], since all tokens of a step have the same one
+    block, step = np.unique(np.stack([blocks, steps[prompt:]]), axis=1)  # [K] each
+    number = np.arange(len(block)) - np.searchsorted(block, block)
 
-    # In a view, the tokens of its own step and of later ones are masked.
+    # In a view, the tokens of its own step and of later ones are masked; the later ones hold.
     at = block[:, None] * block_size + np.arange(block_size)  # [K, B] positions
     masked = steps[at] >= step[:, None]
     revealed = steps[at] == step[:, None]
+    engine_logprobs = np.where(revealed, logprobs[at], np.nan)
+    bounds = np.zeros(at.shape)
+    if exact:
+        held = masked & ~revealed
+        bounds[held], engine_logprobs[held] = _of_holds(trajectory, at - prompt, number, held)
     return Views(
         ids=ids,
         block=block,
         masked=masked,
         is_scored=masked if exact else revealed,
         targets=np.where(revealed, ids[at], HOLD),
-        bounds=np.broadcast_to(bound[:, None], at.shape),
+        bounds=bounds,
         weights=np.full(at.shape, weight),
         advantages=np.full(at.shape, advantage),
-        engine_logprobs=np.where(revealed, logprobs[at], np.nan),
+        engine_logprobs=engine_logprobs,
     )
+
+
+def _of_holds(
+    trajectory: Trajectory, tokens: np.ndarray, number: np.ndarray, held: np.ndarray
+) -> tuple[list[float], list[float]]:
+    """Bounds and log-probabilities of the holds of some views: of token [K, B], in view number [K]."""
+    if not trajectory.hold_bounds:
+        raise ValueError("the holds of a trajectory were not recorded: Decoding(holds=True)")
+    numbers = np.broadcast_to(number[:, None], held.shape)
+    bounds, logprobs = [], []
+    for token, hold in zip(tokens[held].tolist(), numbers[held].tolist(), strict=True):
+        bounds.append(trajectory.hold_bounds[token][hold])
+        logprobs.append(trajectory.hold_logprobs[token][hold])
+    return bounds, logprobs
 
 
 def noise(
@@ -382,7 +402,7 @@ def noise(
 
 def blank(block_size: int, mask_id: int) -> Views:
     """One block without a view: it goes through the network, and nothing of it is scored."""
-    rollout = Trajectory([mask_id] * block_size, [], [], [], [])
+    rollout = Trajectory([mask_id] * block_size, [], [], [])
     return replay(rollout, block_size, weight=0.0)
 
 
@@ -406,10 +426,9 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("picture", nargs="?", type=picture_name, default="masking.png", help="PNG to write")
     path = parser.parse_args().picture
-    four, six = ({"logprobs": [0.0] * n, "hold_bounds": [1.0] * n} for n in (4, 6))
     trajectories = [
-        Trajectory([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [1, 2, 3, 3, 4, 3], **six),
-        Trajectory([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1], **four),
+        Trajectory([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [1, 2, 3, 3, 4, 3], [0.0] * 6),
+        Trajectory([1, 2, 3, 4], [5, 6, 7, 8], [1, 1, 1, 1], [0.0] * 4),
     ]
     (row,) = pack([replay(t, 4, weight=1.0) for t in trajectories], 4, mask_id=0, token_budget=99)
     letters = "_abcdefghijkl"  # token 0 is the mask

@@ -54,6 +54,7 @@ from plumbing.kernels import (
     flex_attention,
     flex_options,
     in_chunks,
+    log_normalizer,
 )
 from plumbing.lora import add_adapters
 from plumbing.ranks import rank_and_world, shard
@@ -91,13 +92,16 @@ class Scores:
 def sampling_logprobs(logits: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """(log p, log g), each [..., V], from logits [..., V]; float32, or float64 if the logits are.
 
-    p is the softmax over the whole vocabulary after temperature: confidences come from it.
+    p is the softmax over the whole vocabulary after temperature: confidences come from it, so it does not
+    saturate (`kernels.log_normalizer`).
     g is p after top-k, then top-p, renormalised: tokens are drawn from it. Same order and the same
     comparisons as LMDeploy 0.18.0 (pytorch/engine/logits_process.py).
     """
     # First p. The logits are the largest tensor here, so they are copied only if they must be.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = F.log_softmax(logits if how.temperature == 1.0 else logits / how.temperature, dim=-1)
+    logits = logits if how.temperature == 1.0 else logits / how.temperature
+    shifted = logits - logits.amax(-1, keepdim=True)
+    log_p = shifted - log_normalizer(shifted.exp())
     if how.top_k == 0 and how.top_p == 1.0:
         return log_p, log_p
 
@@ -119,21 +123,20 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tens
     """Log-probability of each action and entropy, from logits [M, V].
 
     A reveal of v has log g(v). A hold (target HOLD) has the log of the mass of all draws that the rule would
-    have held, sum of g(v) over v with p(v) < bound. Only if holds are scored too do the probabilities of all
-    trajectories sum to 1 (derived here; tests/test_likelihood.py enumerates them). After an update no draw
-    may be left below the bound: then it is LOG_FLOOR, without gradient.
+    have held, sum of g(v) over v with log p(v) < bound. Only if holds are scored too do the probabilities of
+    all trajectories sum to 1 (derived here; tests/test_likelihood.py enumerates them). After an update no
+    draw may be left below the bound: then it is LOG_FLOOR, without gradient.
 
     Args:
         targets: [M] token ids or HOLD.
-        bounds: [M], of holds; elsewhere not looked at.
+        bounds: [M] float32, of holds, see `rollout.hold_bound`; elsewhere not looked at.
     """
     log_p, log_g = sampling_logprobs(logits, how)
     logprobs = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]  # HOLD is -1: replaced below
     g = log_g.exp()
     held = targets == HOLD
     if held.any():
-        p = g if log_p is log_g else log_p.exp()
-        mass = torch.where(p < bounds[:, None], g, 0).sum(-1)
+        mass = torch.where(log_p.float() < bounds[:, None], g, 0).sum(-1)
         logprobs = torch.where(held, mass.clamp(min=FLOOR).log(), logprobs)
     entropy = torch.special.entr(g.detach()).sum(-1)
     return Scores(logprobs.clamp(min=LOG_FLOOR), entropy)

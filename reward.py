@@ -327,7 +327,6 @@ def example(text: str, tokens_per_forward: float = 1.0, truncated: bool = False)
         response_ids=ids,
         steps=[1 + int(i / tokens_per_forward) for i in range(n)],  # at 2.5: 1 1 1 2 2 3 3 3 4 4
         logprobs=[0.0] * n,
-        hold_bounds=[1.0] * n,
         num_tokens=n,
         finish_reason="length" if truncated else "stop",
     )

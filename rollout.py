@@ -10,6 +10,8 @@ others *hold* (what was drawn there is thrown away):
     static       the max(1, B // denoising_steps) most confident
     sequential   the first max(1, B // denoising_steps) masked ones from the left
 
+Confidences are compared as log c_j, which does not saturate; of equal ones the left is the more confident.
+
 One more forward over the finished block leaves its clean keys and values in the cache; nothing is decided
 there, so it is no step. Generation stops after the block with a stop token or at the length limit, and
 *every* token of that last block belongs to the trajectory, since later reveals in it were conditioned on
@@ -35,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from masking import Trajectory
-from model import BlockCache, Sampling, choose_block_size, load, sampling_logprobs
+from model import FLOOR, BlockCache, Sampling, choose_block_size, load, sampling_logprobs
 from plumbing.checkpoint import (
     check_weights,
     encode_prompt,
@@ -77,6 +79,7 @@ class Decoding(Sampling):
     max_tokens: int = 256  # new tokens; the last block may exceed it
     min_tokens: int = 0  # no stop token is drawn in a block that begins before so many new tokens
     banned_ids: list[int] = field(default_factory=list)  # never drawn: taken out before p and g
+    holds: bool = False  # record what was held, which the exact likelihood needs
 
     @classmethod
     def from_config(cls, config: object, **changes) -> Decoding:
@@ -121,7 +124,7 @@ def end_rollout(
     """The rollout of an ended request, with the number of its shown tokens and its reason to end.
 
     Args:
-        record: response_ids, steps, logprobs and hold_bounds of all its blocks.
+        record: the fields of `Trajectory` of all its blocks.
         stops: ids of stop tokens.
     """
     shown = record["response_ids"][:max_tokens]
@@ -140,7 +143,7 @@ def reveal(confidence: torch.Tensor, masked: torch.Tensor, how: Decoding) -> tor
     """Which masked positions are revealed now: [..., B] booleans.
 
     Args:
-        confidence: [..., B] p_j(v_j) of what was drawn; ignored where nothing is masked.
+        confidence: [..., B] log p_j(v_j) of what was drawn; ignored where nothing is masked.
         masked: [..., B] what is still unknown. A block without masks reveals nothing.
     """
     block_size = confidence.shape[-1]
@@ -150,26 +153,42 @@ def reveal(confidence: torch.Tensor, masked: torch.Tensor, how: Decoding) -> tor
     if how.rule == "dynamic":
         count = 1
     # static: the `count` most confident. dynamic: the most confident one, and all that reach the threshold.
-    confidence = confidence.masked_fill(~masked, -1.0)
-    best = confidence.topk(count, dim=-1).indices
+    confidence = confidence.masked_fill(~masked, -torch.inf)
+    best = confidence.argsort(dim=-1, descending=True, stable=True)[..., :count]
     chosen = torch.zeros_like(masked).scatter(-1, best, True)
     if how.rule == "dynamic":
-        chosen = chosen | (confidence >= how.threshold)
+        chosen = chosen | (confidence >= log_threshold(how))
     return chosen & masked
 
 
-def hold_bound(confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding) -> torch.Tensor:
-    """The probability below which a draw was held at this step: [...] from [..., B].
+def log_threshold(how: Decoding) -> float:
+    """What log c_j has to reach."""
+    return math.log(how.threshold) if how.threshold > 0 else -math.inf
 
-    dynamic: the threshold if it was reached, else the one confidence that was revealed;
-    static: the least confidence revealed; sequential: infinity, since any draw would have been held.
+
+def hold_bound(confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding) -> torch.Tensor:
+    """The log p below which a draw was held at this step: [..., B] from [..., B].
+
+    dynamic: the threshold's if it was reached, else that of the one revealed; static: the least revealed;
+    sequential: infinity, since any draw would have been held. Of two equally confident positions the left
+    one is revealed first. So right of the least revealed an equal draw was held too, and the bound is the
+    next larger number.
     """
-    least = confidence.masked_fill(~revealed, torch.inf).amin(-1)
     if how.rule == "sequential":
-        return torch.full_like(least, torch.inf)
+        return torch.full_like(confidence, torch.inf)
+    least = confidence.masked_fill(~revealed, torch.inf).amin(-1, keepdim=True)
+    position = torch.arange(confidence.shape[-1], device=confidence.device)
+    last_least = torch.where(revealed & (confidence == least), position, -1).amax(-1, keepdim=True)
+    bound = torch.where(position > last_least, least.nextafter(torch.full_like(least, torch.inf)), least)
     if how.rule == "dynamic":
-        return torch.where(least >= how.threshold, how.threshold, least)
-    return least
+        bound = torch.where(least >= log_threshold(how), log_threshold(how), bound)
+    return bound
+
+
+def held_mass(log_p: torch.Tensor, log_g: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Log-probability [...] that a draw is held: of g where log p, both [..., V], is below bounds [...]."""
+    mass = torch.where(log_p < bounds[..., None], log_g.exp(), 0).sum(-1)
+    return mass.clamp(min=FLOOR).log()
 
 
 # ----------------------------------------------------------------------------- the engines
@@ -387,7 +406,9 @@ class _Batch:
         self.masked = torch.zeros(shape, dtype=torch.bool, device=device)
         self.steps = torch.zeros(shape, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(shape, device=device)
-        self.bounds = torch.zeros(shape, device=device)
+        per_step = (*shape, e.block_size, 2) if self.how.holds else (0,)
+        self.holds = torch.zeros(per_step, device=device)  # by step of the block: bound, log-probability
+        self.number = torch.zeros(self.slots, dtype=torch.long, device=device)  # of the step in its block
         self.start = torch.zeros(self.slots, dtype=torch.long, device=device)  # of the current block
         self.prompt_tokens = torch.zeros(self.slots, dtype=torch.long, device=device)
 
@@ -400,6 +421,7 @@ class _Batch:
             self.ids[slot] = self.engine.mask_id
             self.ids[slot, :known] = torch.tensor(request.prompt)
             self.masked[slot] = True
+            self.number[slot] = 0
             self.masked[slot, :known] = False
             self.prompt_tokens[slot] = known
             self.start[slot] = known // b * b
@@ -439,20 +461,24 @@ class _Batch:
         self._ban(logits, positions[:, 0] - self.prompt_tokens[slots])
         log_p, log_g = sampling_logprobs(logits, self.how)
         drawn = self._draw(log_g, [self.requests[s] for s in running], denoising.tolist())
-        confidence = log_p.gather(-1, drawn[..., None])[..., 0].exp()
+        confidence = log_p.gather(-1, drawn[..., None])[..., 0]
         revealed = reveal(confidence, masked, self.how)
 
-        # The record of what was revealed.
+        # The record of what was revealed, and what the others held.
         step = torch.tensor([self.requests[s].steps for s in running], device=device)
-        bound = hold_bound(confidence, revealed, self.how)
         logprob = log_g.gather(-1, drawn[..., None])[..., 0]
         for state, new in (  # what is not revealed now keeps its value
             (self.ids, drawn),
             (self.steps, step[:, None]),
             (self.logprobs, logprob),
-            (self.bounds, bound[:, None]),
         ):
             state[at] = torch.where(revealed, new, state[at])
+        if self.how.holds:
+            number = self.number[slots]
+            self.number[slots] = torch.where(denoising, number + 1, 0)
+            bounds = hold_bound(confidence, revealed, self.how)
+            held = torch.stack([bounds, held_mass(log_p, log_g, bounds)], -1)  # [S, B, 2]
+            self.holds[(*at, number[:, None].clamp(max=b - 1))] = held
         self.masked[at] = masked & ~revealed
 
         # A request ends with a complete block that has a stop token or reaches the limit. (Where `start`
@@ -502,14 +528,36 @@ class _Batch:
         self.free.append(slot)
         begin = len(request.prompt)
         end = int(self.start[slot]) + self.engine.block_size  # of the block that was just completed
+        steps = self.steps[slot, begin:end].tolist()
         record = {
             "response_ids": self.ids[slot, begin:end].tolist(),
-            "steps": self.steps[slot, begin:end].tolist(),
+            "steps": steps,
             "logprobs": self.logprobs[slot, begin:end].tolist(),
-            "hold_bounds": self.bounds[slot, begin:end].tolist(),
         }
+        if self.how.holds:
+            record |= holds_of_tokens(
+                self.holds[slot, begin:end].tolist(), steps, begin, self.engine.block_size
+            )
         stops = self.engine.stop_ids.tolist()
         return request.index, end_rollout(request.prompt, request.seed, record, self.how.max_tokens, stops)
+
+
+def holds_of_tokens(
+    recorded: list[list[list[float]]], steps: list[int], prompt_tokens: int, block_size: int
+) -> dict[str, list[list[float]]]:
+    """hold_bounds and hold_logprobs of a trajectory: of each token, the steps of its block before its own.
+
+    Args:
+        recorded: [R, B, 2] of each token and step of its block: bound and log-probability.
+    """
+    bounds, logprobs = [], []
+    for i, of_token in enumerate(recorded):
+        begin = (prompt_tokens + i) // block_size * block_size - prompt_tokens  # of its block
+        first_step = min(steps[max(0, begin) : begin + block_size])
+        held = of_token[: steps[i] - first_step]
+        bounds.append([bound for bound, _ in held])
+        logprobs.append([logprob for _, logprob in held])
+    return {"hold_bounds": bounds, "hold_logprobs": logprobs}
 
 
 class LMDeployEngine(LMDeployProcess):

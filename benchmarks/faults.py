@@ -248,7 +248,8 @@ class Campaign:
         lmdeploy = kind.engine == "lmdeploy" and stage == "dipo"
         fd = self.engines._socket.fileno() if lmdeploy else -1
         command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "--stage", stage, str(fd)]
-        here = {"FAULT": json.dumps(fault), "HOME": str(chain), "TMPDIR": str(chain), "OMP_NUM_THREADS": "1"}
+        here = {"FAULT": json.dumps(fault), "HOME": str(chain), "TMPDIR": str(chain), "PWD": str(chain)}
+        here |= {"OMP_NUM_THREADS": "1"}
         here |= {"CUDA_VISIBLE_DEVICES": "", "GARBLE": str(chain / "garble")}
         environments = [os.environ | here]
         if kind.ranks > 1:
@@ -334,7 +335,7 @@ def strike(c: Campaign, kind: Kind, chain: Path, stage: str, name: str, poison: 
     # Faults at a moment of the run. What ended before them did not get them.
     came = True
     if name.startswith("sig") or name == "killed rank":
-        wait(forks, max(moment, 0.25))  # what reads the arguments listens to signals by then
+        wait(forks, max(moment, 0.5))  # what reads the arguments listens to signals by then
         victims = [rng.choice(forks)] if name == "killed rank" else forks
         came = any(fork.poll() is None for fork in victims)
         number = {"sigterm": signal.SIGTERM, "sigint": signal.SIGINT}.get(name, signal.SIGKILL)

@@ -52,7 +52,7 @@ def random_trajectory(
 def _rollout(ids: list[int], steps: list[int]) -> Rollout:
     """The rollout of prompt and response `ids` in which the tokens of the response had these steps."""
     prompt, n = len(ids) - len(steps), len(steps)
-    return Rollout(ids[:prompt], ids[prompt:], steps, [0.0] * n, [1.0] * n, n, "length")
+    return Rollout(ids[:prompt], ids[prompt:], steps, [0.0] * n, n, "length")
 
 
 def log_normal(count: int, limit: int, block_size: int) -> list[int]:

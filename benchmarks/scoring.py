@@ -50,7 +50,7 @@ class Problem:
         self.hidden = torch.randn(scored, hidden, **normal).to(dtype).requires_grad_(True)
         self.head = (torch.randn(vocab, hidden, **normal) / hidden**0.5).to(dtype).requires_grad_(True)
         self.targets = torch.randint(0, vocab, (scored,), **normal)
-        self.bounds = torch.rand(scored, **normal)
+        self.bounds = torch.rand(scored, **normal).log()
         self.weights = torch.rand(scored, **normal)
         self.some_held = torch.where(torch.arange(scored, device=device) % 2 == 0, self.targets, HOLD)
 

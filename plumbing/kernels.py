@@ -25,6 +25,7 @@ from plumbing.common import InputError, first_line
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+CERTAIN = 1e-30  # the least mass that a sure token leaves to the others
 SCORING_BYTES = 2**30  # that ScoreChunks may take for the logits of a chunk and their copies
 
 
@@ -37,6 +38,28 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
+def log_normalizer(shifted_exp: torch.Tensor) -> torch.Tensor:
+    """log of the sum [..., 1] over the last dimension of exp(logits - their largest) [..., V].
+
+    A softmax in float32 saturates: from p = 1 - 6e-8 on it is 1, and so is the confidence of every sure
+    position. What is left to the others, `rest`, is the sum without the largest term, which is 1; log p of
+    the largest is -log1p(rest), which tells sure positions apart down to a rest of CERTAIN. Below that they
+    are equal.
+    """
+    if shifted_exp.is_cuda or shifted_exp.requires_grad or torch.compiler.is_compiling():
+        return _rest(shifted_exp).clamp(min=CERTAIN).log1p()
+    rest = shifted_exp.sum(-1, keepdim=True) - 1
+    sure = rest[..., 0] < 1e-3  # only there the plain sum is not precise enough
+    if sure.any():
+        rest[sure] = _rest(shifted_exp[sure])
+    return rest.clamp_(min=CERTAIN).log1p_()
+
+
+def _rest(shifted_exp: torch.Tensor) -> torch.Tensor:
+    largest = shifted_exp == 1  # one, or several equal ones
+    return shifted_exp.masked_fill(largest, 0).sum(-1, keepdim=True) + largest.sum(-1, keepdim=True) - 1
+
+
 class ScoreChunks(torch.autograd.Function):
     """Log-probabilities of tokens and of sets of them from hidden @ weight.T, chunk by chunk.
 
@@ -45,9 +68,9 @@ class ScoreChunks(torch.autograd.Function):
     of a chunk again. With p = softmax(logits / T), h the mass of the held draws, l the log-probability:
 
         reveal v   d l / d logits = (onehot(v) - p) / T
-        hold       d l / d logits = (p [p < bound] / h - p) / T
+        hold       d l / d logits = (p [log p < bound] / h - p) / T
 
-    Chunks have one size, so that both passes run the same kernels and p < bound falls the same way.
+    Chunks have one size, so that both passes run the same kernels and log p < bound falls the same way.
     """
 
     @staticmethod
@@ -56,7 +79,7 @@ class ScoreChunks(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [M, H], weight [V, H], targets and bounds [M] -> logprobs [M], entropy [M].
 
-        A target is a token, or negative: then the action was to hold one of the draws with p < bound.
+        A target is a token, or negative: then the action was to hold one of the draws with log p < bound.
         No log-probability is below log_floor.
         """
         # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
@@ -64,29 +87,30 @@ class ScoreChunks(torch.autograd.Function):
         chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
         ctx.size, ctx.temperature, ctx.log_floor = -(-len(hidden) // chunks), temperature, log_floor
         held = targets < 0
-        bounds = torch.where(held, bounds, 0) if held.any() else None  # no draw of a reveal is held
+        bounds = torch.where(held, bounds, -torch.inf) if held.any() else None  # a reveal holds no draw
         score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
         scored = []
         for at in _slices(len(hidden), ctx.size):
             hold = None if bounds is None else bounds[at]
             scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature, log_floor))
-        logprobs, entropy, lse = (torch.cat(t) for t in zip(*scored, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, lse)
+        logprobs, entropy, best, norm = (torch.cat(t) for t in zip(*scored, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, best, norm)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, slope, _):
         """slope [M] is d loss / d logprobs."""
-        hidden, weight, targets, bounds, logprobs, lse = ctx.saved_tensors
+        hidden, weight, targets, bounds, logprobs, best, norm = ctx.saved_tensors
         slope = torch.where(logprobs > ctx.log_floor, slope / ctx.temperature, 0)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
         for at in _slices(len(hidden), ctx.size):
             hold = None if bounds is None else bounds[at]
+            normalizer = best[at], norm[at]
             gradient = differentiate(
-                hidden[at] @ weight.T, hold, logprobs[at], lse[at], slope[at], ctx.temperature
+                hidden[at] @ weight.T, hold, logprobs[at], normalizer, slope[at], ctx.temperature
             )  # [size, V]
             held, target = targets[at, None] < 0, targets[at, None].clamp(min=0)
             of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
@@ -122,34 +146,38 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _score_chunk(logits, targets, bounds, temperature: float, log_floor: float) -> tuple[torch.Tensor, ...]:
-    """(log-probability, entropy, log-sum-exp), each [size], from logits [size, V]. bounds None: no holds.
+    """(log-probability, entropy, largest logit, log_normalizer), [size] or [size, 1], from logits [size, V].
 
-    Names are used again and work is done in place: two copies in float32 are the most that is alive.
+    bounds None: no holds. Names are used again and work is done in place: two copies in float32 are the
+    most that is alive.
     """
     logits = tempered(logits, temperature)
-    lse = logits.logsumexp(-1)
-    log_p = logits.sub_(lse[:, None])
+    best = logits.amax(-1, keepdim=True)
+    p = logits.sub_(best).exp()
+    norm = log_normalizer(p)
+    log_p, p = logits.sub_(norm), p.mul_((-norm).exp())
     logprobs = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    p = log_p.exp()
+    revealing = None if bounds is None else log_p >= bounds[:, None]
     entropy = -log_p.mul_(p).sum(-1)
     if bounds is not None:
-        mass = p.masked_fill_(p >= bounds[:, None], 0).sum(-1)
+        mass = p.masked_fill_(revealing, 0).sum(-1)
         logprobs = torch.where(targets < 0, mass.clamp(min=math.exp(log_floor)).log(), logprobs)
-    return logprobs.clamp(min=log_floor), entropy, lse
+    return logprobs.clamp(min=log_floor), entropy, best, norm
 
 
-def _score_chunk_gradient(logits, bounds, logprobs, lse, slope, temperature: float) -> torch.Tensor:
+def _score_chunk_gradient(logits, bounds, logprobs, normalizer, slope, temperature: float) -> torch.Tensor:
     """slope * d logprobs / d logits but for the revealed tokens, [size, V] in the logits' dtype.
 
     slope [size] has 1 / T in it. Element by element, so that it compiles to one kernel.
     """
-    dtype = logits.dtype
+    dtype, (best, norm) = logits.dtype, normalizer
     logits = tempered(logits, temperature)
-    p = logits.sub_(lse[:, None]).exp_()
     if bounds is None:
-        return p.mul_(-slope[:, None]).to(dtype)
+        return logits.sub_(best + norm).exp_().mul_(-slope[:, None]).to(dtype)
+    log_p = logits.sub_(best).sub_(norm)
     of_held_draws = slope * ((-logprobs).exp() - 1)
-    return p.mul_(torch.where(p < bounds[:, None], of_held_draws[:, None], -slope[:, None])).to(dtype)
+    held = log_p < bounds[:, None]
+    return log_p.exp_().mul_(torch.where(held, of_held_draws[:, None], -slope[:, None])).to(dtype)
 
 
 # ------------------------------------------------------------------------ decoder layers

@@ -26,6 +26,7 @@ import os
 import sys
 import threading
 import traceback
+from collections import defaultdict
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -33,9 +34,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from model import Sampling, sampling_logprobs
 from plumbing.common import Forgiving
+from plumbing.kernels import log_normalizer
 from plumbing.lmdeploy_engine import LMDEPLOY_VERSION
-from rollout import Decoding, hold_bound
+from rollout import Decoding, held_mass, hold_bound, reveal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -49,7 +52,7 @@ class Recorder:
 
     how: Decoding
     forwards: int  # passes of the network so far: a sign of life
-    finished: dict[int, dict[str, list]]  # by session: response_ids, steps, logprobs, hold_bounds
+    finished: dict[int, dict[str, list]]  # by session: the fields of a trajectory
 
 
 RECORDER = Recorder(Decoding(), 0, {})
@@ -145,7 +148,12 @@ def drawn_logprobs(
         drawn: [rows]
     """
     value = logits.gather(-1, drawn[:, None])[:, 0].float()
-    log_p = value - torch.cat([part.float().logsumexp(-1) for part in logits.split(128)])
+    log_p = []
+    for part, drawn_value in zip(logits.split(128), value.split(128), strict=True):
+        part = part.float()
+        best = part.amax(-1, keepdim=True)
+        log_p.append(drawn_value - best[:, 0] - log_normalizer((part - best).exp())[:, 0])
+    log_p = torch.cat(log_p)
     if how.top_k == 0 and how.top_p == 1.0:
         return log_p, log_p
     ranked = logits.topk(min(how.top_k, logits.shape[1]) or logits.shape[1]).values.float()
@@ -155,13 +163,23 @@ def drawn_logprobs(
     return log_p, value - ranked.masked_fill(dropped, -torch.inf).logsumexp(-1)
 
 
+def held_masses(logits: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> torch.Tensor:
+    """Log-probability [rows] that a draw is held below its bound [rows]; logits as for drawn_logprobs."""
+    drawn_from = Sampling(1.0, how.top_k, how.top_p)
+    masses = []
+    for part, bound in zip(logits.split(128), bounds.split(128), strict=True):
+        masses.append(held_mass(*sampling_logprobs(part, drawn_from), bound))
+    return torch.cat(masses)
+
+
 def record_steps() -> None:
-    """Record, per request, at which step each token was revealed, with which log g, and the hold bound.
+    """Record, per request, at which step each token was revealed, with which log g, and what held till then.
 
     `update_running` runs once per forward for every running request, so what became of the masks
     between two calls is the step map. A forward that only writes a finished block to the cache
-    reveals nothing and is no step. Confidences are computed in float32: upstream takes the softmax in
-    the dtype of the LM head, where bfloat16 ties neighbours and turns a threshold of 0.9 into 0.8965.
+    reveals nothing and is no step. What is revealed is decided by `rollout.reveal`, on log-probabilities in
+    float32: upstream takes the softmax in the dtype of the LM head, where bfloat16 ties neighbours and turns
+    a threshold of 0.9 into 0.8965.
     """
     record_forwards()
     record_requests()
@@ -178,18 +196,25 @@ def record_forwards() -> None:
     @dataclass
     class Outputs(model_agent.DLLMExtraOutputs):  # its tensors are copied to the CPU with the others
         logprobs: torch.Tensor  # [S * B] log g of what was drawn
-        bounds: torch.Tensor  # [S] below which a draw was held
+        bounds: torch.Tensor  # [S * B] log p below which a draw was held; empty if holds are not recorded
+        hold_logprobs: torch.Tensor  # [S * B] log-probability of that; likewise
 
-    # The sampled tokens arrive: confidences in float32, and what the rule revealed by them.
+    # The sampled tokens arrive: the rule decides what of them is revealed.
     def unmask_and_record(self, logits, input_ids, token_ids, dllm_mask):
-        block_size = self.dllm_config.block_length
-        log_p, log_g = drawn_logprobs(logits, token_ids, RECORDER.how)
+        how, block_size = RECORDER.how, self.dllm_config.block_length
+        log_p, log_g = drawn_logprobs(logits, token_ids, how)
         self.confidence = log_p.exp()
         masked = dllm_mask == DLLM_MASKED
         dllm_mask, token_ids = unmask(self, logits, input_ids, token_ids, dllm_mask)
-        revealed = masked & (dllm_mask == DLLM_UNMASKED)
-        blocks = (t.view(-1, block_size) for t in (self.confidence, revealed))
-        self.record = log_g, hold_bound(*blocks, RECORDER.how)
+        blocks = log_p.view(-1, block_size), masked.view(-1, block_size)
+        revealed = reveal(*blocks, how)
+        decided = torch.where(revealed.flatten(), DLLM_UNMASKED, DLLM_MASKED)
+        dllm_mask = torch.where(masked, decided, dllm_mask).to(dllm_mask.dtype)
+        bounds = masses = log_g[:0]
+        if how.holds:
+            bounds = hold_bound(blocks[0], revealed, how).flatten()
+            masses = held_masses(logits, bounds, how)
+        self.record = log_g, bounds, masses
         return dllm_mask, token_ids
 
     def make_extra_outputs(self, extra_inputs):
@@ -211,10 +236,10 @@ def record_requests() -> None:
 
     # The result of a forward arrives: keep each request's part of it.
     def update_running_and_record(self, running, batched_outputs, *args, **kwargs):
-        extra = batched_outputs.extra_outputs
-        logprobs = extra.logprobs.view(len(running), -1).tolist()
-        for request, logprob, bound in zip(running, logprobs, extra.bounds.tolist(), strict=True):
-            request.latest = logprob, bound
+        extra, n = batched_outputs.extra_outputs, len(running)
+        parts = (t.view(n, -1).tolist() for t in (extra.logprobs, extra.bounds, extra.hold_logprobs))
+        for request, *latest in zip(running, *parts, strict=True):
+            request.latest = latest
         RECORDER.forwards += 1
         return update_running(self, running, batched_outputs, *args, **kwargs)
 
@@ -225,23 +250,26 @@ def record_requests() -> None:
         revealed = np.flatnonzero((before == DLLM_MASKED) & (dllm_mask == DLLM_UNMASKED))
         if len(revealed):
             record = self.__dict__.setdefault("record", {})
+            holds = self.__dict__.setdefault("holds", defaultdict(list))
             self.step = getattr(self, "step", 0) + 1
-            logprob, bound = self.latest
-            record.update((start + int(i), (self.step, logprob[i], bound)) for i in revealed)
+            logprob, bounds, hold_logprobs = self.latest
+            record.update((start + int(i), (self.step, logprob[i])) for i in revealed)
+            for i in np.flatnonzero(dllm_mask == DLLM_MASKED) if bounds else ():
+                holds[start + int(i)].append((bounds[i], hold_logprobs[i]))
         decode(self, token_ids, dllm_mask)
 
     # Its last block is complete: the record leaves, once per request.
     def set_stop_pos_and_record(self, pos):
         end, first = self.num_valid_ids, self.num_valid_ids - self.num_new_tokens
-        steps, logprobs, bounds = zip(*(self.record[i] for i in range(first, end)), strict=True)
+        steps, logprobs = zip(*(self.record[i] for i in range(first, end)), strict=True)
         ids = self.history_cache[first:end].tolist()
         set_stop_pos(self, pos)
-        RECORDER.finished[self.session_id] = {
-            "response_ids": ids,
-            "steps": list(steps),
-            "logprobs": list(logprobs),
-            "hold_bounds": list(bounds),
-        }
+        record = {"response_ids": ids, "steps": list(steps), "logprobs": list(logprobs)}
+        if RECORDER.how.holds:
+            holds = [self.holds[i] for i in range(first, end)]
+            record["hold_bounds"] = [[bound for bound, _ in of_token] for of_token in holds]
+            record["hold_logprobs"] = [[logprob for _, logprob in of_token] for of_token in holds]
+        RECORDER.finished[self.session_id] = record
 
     Strategy.update_running = update_running_and_record
     Sequence._update_token_ids_decode = _update_token_ids_decode
@@ -318,7 +346,7 @@ class Server:
             record = RECORDER.finished.pop(session, None)
         else:  # an autoregressive model: a token per forward, nothing to replay
             record = {"response_ids": ids, "steps": list(range(1, len(ids) + 1))}
-            record |= {"logprobs": [], "hold_bounds": []}
+            record["logprobs"] = []
         if record is None or status not in (ResponseType.SUCCESS, ResponseType.FINISH):
             raise RuntimeError(f"lmdeploy ended a request of {len(prompt)} tokens with {status}")
         self.conn.send(("rollout", index, record))

@@ -7,6 +7,7 @@ distributions are peaked and a wrong mask, position or step is no rounding error
         rollout = random_rollout(random.Random(0), block_size=4)
 """
 
+import math
 import random
 from pathlib import Path
 
@@ -93,13 +94,19 @@ def random_rollout(
     blocks = rng.randint(1, 4) if blocks is None else blocks
     response = (prompt // block_size + blocks) * block_size - prompt
     steps = random_steps(rng, prompt, response, block_size)
-    bound_of_step = {step: rng.uniform(0.05, 1.0) for step in sorted(set(steps))}
+    bounds = {step: math.log(rng.uniform(0.05, 1.0)) for step in sorted(set(steps))}
+    block_of = [(prompt + i) // block_size for i in range(response)]
+    held_at = []  # of each token: the earlier steps of its block
+    for block, step in zip(block_of, steps, strict=True):
+        of_block = {s for b, s in zip(block_of, steps, strict=True) if b == block}
+        held_at.append(sorted(s for s in of_block if s < step))
     return Rollout(
         prompt_ids=[rng.randrange(WORDS) for _ in range(prompt)],
         response_ids=[rng.randrange(WORDS) for _ in range(response)],
         steps=steps,
         logprobs=[-5 * rng.random() for _ in range(response)],
-        hold_bounds=[bound_of_step[step] for step in steps],
+        hold_bounds=[[bounds[step] for step in held] for held in held_at],
+        hold_logprobs=[[-rng.random() for _ in held] for held in held_at],
         num_tokens=response,
         finish_reason="length",
         seed=0,
@@ -109,7 +116,7 @@ def random_rollout(
 def rollout_of(prompt_ids: list[int], response_ids: list[int]) -> Rollout:
     """A rollout with a token per step from the left."""
     n = len(response_ids)
-    return Rollout(prompt_ids, response_ids, list(range(1, n + 1)), [0.0] * n, [1.0] * n, n, "length")
+    return Rollout(prompt_ids, response_ids, list(range(1, n + 1)), [0.0] * n, n, "length")
 
 
 # --------------------------------------------------- the loops of sft.py and dipo.py, a step at a time

@@ -209,18 +209,17 @@ def without_stop_fix() -> None:
     without("fix_stop_words")
 
 
-def without_float32_confidence() -> None:
+def upstreams_confidence() -> None:
+    """Confidences as upstream computes them: a softmax in the dtype of the LM head."""
     install()
-    from lmdeploy.pytorch.strategies.dllm.unmasking import UnmaskingProcessor
+    child = sys.modules["__main__"]
+    drawn_logprobs = child.drawn_logprobs
 
-    child, upstream = sys.modules["__main__"], UnmaskingProcessor._get_scores
-    record_steps = child.record_steps
+    def rounded(logits, drawn, how):
+        confidence = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
+        return confidence.float().log(), drawn_logprobs(logits, drawn, how)[1]
 
-    def record_steps_only():
-        record_steps()
-        UnmaskingProcessor._get_scores = upstream
-
-    child.record_steps = record_steps_only
+    child.drawn_logprobs = rounded
 
 
 def other_version() -> None:

@@ -216,7 +216,7 @@ def test_the_command_that_the_cases_change_works(place) -> None:
         ("evaluate", "sweep=[0.5,-1]", ["sweep"]),
         ("evaluate", "sweep=0.5", ["sweep"]),
         ("evaluate", "data=olympiadbench", ["data/hub/olympiadbench.jsonl", "data/download.py"]),
-        ("dipo", "rewards.brevity=1", ["rewards", "brevity", "accuracy, speed"]),  # unknown reward
+        ("dipo", "rewards.briefness=1", ["rewards", "briefness", "accuracy, speed"]),  # unknown reward
         ("dipo", "group_size=1", ["group_size", "at least 2"]),
         ("sft", "eval_every=1", ["eval_data"]),
         ("sft", "block_size=8", ["block_size", "8", "4"]),  # the checkpoint has 4

@@ -347,7 +347,7 @@ def test_collecting_ends_when_nothing_is_useful(folder, tmp_path):
 def groups(folder, tmp_path_factory) -> list[Group]:
     """Real rollouts, rewarded by speed: some useful groups, of different lengths."""
     out = tmp_path_factory.mktemp("groups") / "run"
-    trainer = start(DiPOConfig, folder, out, group_size=4, **SPEED)
+    trainer = start(DiPOConfig, folder, out, group_size=4, likelihood="exact", **SPEED)
     asked = [(i, i) for i in range(8)]
     sampled = sample_groups(
         trainer.engine(), trainer.model, trainer.tokenizer, QUESTIONS, asked, trainer.config

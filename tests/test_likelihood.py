@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from masking import HOLD, pack, replay
-from model import score_logits
+from model import sampling_logprobs, score_logits
 from rollout import Decoding, Rollout, hold_bound, reveal
 
 
@@ -25,7 +25,16 @@ class Table:
 
     vocabulary: int
     block_size: int
-    logits: torch.Tensor
+    logits: torch.Tensor  # float64
+    dtype: torch.dtype = torch.double  # of the network that computes them
+
+    @property
+    def rounded(self) -> torch.Tensor:
+        """The logits as that network gives them; their gradient goes to `logits` unrounded."""
+        if self.dtype == torch.double:
+            return self.logits
+        change = self.logits.detach().to(self.dtype).double() - self.logits.detach()
+        return (self.logits + change).float()
 
     @classmethod
     def random(cls, vocabulary: int, block_size: int, seed: int) -> "Table":
@@ -44,7 +53,7 @@ class Table:
     def distributions(self, state, how) -> tuple[list[list[float]], list[list[torch.Tensor]]]:
         """p as floats and g as float64 tensors with gradient, at each position, token by token."""
         p_all, g_all = [], []
-        for row in self.logits[self.number(state)]:
+        for row in self.rounded[self.number(state)].double():
             p = (row / how.temperature).exp()
             p = p / p.sum()
             ranked = sorted(range(self.vocabulary), key=lambda v: -p[v].item())
@@ -73,15 +82,19 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
     known = len(prompt) % b
     finished = []
 
-    def walk(state, step, probability, record):
+    def walk(state, step, probability, record, holds):
         masked = [j for j in range(b) if state[j] == mask]
         if not masked:
-            ids, steps, bounds = zip(*(record[j] for j in range(known, b)), strict=True)
-            n = b - known
-            rollout = Rollout(prompt, list(ids), list(steps), [0.0] * n, list(bounds), n, "length")
+            ids, steps = zip(*(record[j] for j in range(known, b)), strict=True)
+            n, held = b - known, [holds.get(j, []) for j in range(known, b)]
+            rollout = Rollout(
+                prompt, list(ids), list(steps), [0.0] * n, n, "length",
+                hold_bounds=held, hold_logprobs=[[0.0] * len(of_token) for of_token in held],
+            )  # fmt: skip
             finished.append(Trajectory(probability, rollout))
             return
-        p, g = table.distributions(state, how)
+        _, g = table.distributions(state, how)
+        log_p, _ = sampling_logprobs(table.rounded[table.number(state)], how)  # as the engine computes it
         after: dict[tuple, tuple] = {}
         for draw in itertools.product(range(table.vocabulary), repeat=len(masked)):
             chance = torch.ones((), dtype=torch.double)
@@ -91,19 +104,20 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
                 continue
             confidence = torch.zeros(b)
             for j, v in zip(masked, draw, strict=True):
-                confidence[j] = p[j][v]
+                confidence[j] = log_p[j, v]
             shown = reveal(confidence, torch.tensor([t == mask for t in state]), how)
-            bound = hold_bound(confidence, shown, how).item()
+            bound = hold_bound(confidence, shown, how).tolist()
             new = dict(zip(masked, draw, strict=True))
             target = tuple(new[j] if shown[j] else state[j] for j in range(b))
             total, _ = after.get(target, (0.0, 0.0))
             after[target] = (total + chance, bound)
         for target, (chance, bound) in after.items():
-            news = {j: (target[j], step, bound) for j in masked if target[j] != mask}
-            walk(target, step + 1, probability * chance, record | news)
+            news = {j: (target[j], step) for j in masked if target[j] != mask}
+            held = {j: [*holds.get(j, []), bound[j]] for j in masked if target[j] == mask}
+            walk(target, step + 1, probability * chance, record | news, holds | held)
 
     start = tuple(prompt[len(prompt) - known :]) + (mask,) * (b - known)
-    walk(start, 1, torch.ones((), dtype=torch.double), {})
+    walk(start, 1, torch.ones((), dtype=torch.double), {}, {})
     return finished
 
 
@@ -116,7 +130,7 @@ def log_likelihoods(table, how, trajectories, exact: bool) -> torch.Tensor:
         states = packed.ids.view(-1, b).tolist()  # each row of B neighbours is a block or a view
         numbers = [table.number(states[r // b]) for r in packed.scored.tolist()]
         assert bool((packed.view[packed.scored] > 0).all()), "only views are scored"
-        logits = table.logits[numbers, (packed.scored % b).tolist()]
+        logits = table.rounded[numbers, (packed.scored % b).tolist()]
         scores = score_logits(logits, packed.targets, packed.bounds, how)
         total = total.index_add(0, packed.source, scores.logprobs.to(total.dtype))
         assert exact or bool((packed.targets != HOLD).all())
@@ -173,6 +187,55 @@ def test_exact_likelihood_is_the_probability_of_the_trajectory(v, b, how, prompt
         assert error(by_tokens, wanted) > 0.05, "tokens only has a biased gradient"
 
 
+def tied_table(kind: str, vocabulary: int, block_size: int, dtype: torch.dtype) -> Table:
+    """A table in which many confidences are equal."""
+    table = Table.random(vocabulary, block_size, seed=3)
+    logits = table.logits.detach()
+    if kind == "equal positions":
+        logits = logits[:, :1].expand_as(logits)
+    elif kind == "equal tokens":  # in every position two of them, the most probable ones in some
+        logits = logits.index_copy(-1, torch.tensor([1]), logits[..., :1])
+    elif kind == "saturated":
+        logits = torch.where(logits > logits.amax(-1, keepdim=True) - 1e-9, 60.0, -60.0)
+    elif kind == "nearly saturated":  # p = 1 - 1e-9 and the like: all 1 in float32, and yet in an order
+        logits = torch.where(logits > logits.amax(-1, keepdim=True) - 1e-9, 20 + logits, logits)
+    elif kind == "all equal":
+        logits = torch.zeros_like(logits)
+    return Table(vocabulary, block_size, logits.clone().requires_grad_(), dtype)
+
+
+TIED_RULES = {
+    "dynamic": Decoding(threshold=0.6),
+    "dynamic at a tie": Decoding(threshold=0.5),
+    "dynamic, never reached": Decoding(threshold=1.0),
+    "static": Decoding(rule="static", denoising_steps=3),
+    "static, top-k": Decoding(rule="static", denoising_steps=3, top_k=2, temperature=0.5),
+    "sequential": Decoding(rule="sequential", denoising_steps=3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", TIED_RULES.values(), ids=TIED_RULES)
+@pytest.mark.parametrize(
+    "kind", ["equal positions", "equal tokens", "saturated", "nearly saturated", "all equal"]
+)
+def test_equal_confidences_are_counted_once(kind, how, dtype):
+    """The order of equal ones is the same in the decoder, in the bounds and in the mass of holds."""
+    table = tied_table(kind, 3, 3, dtype)
+    trajectories = enumerate_trajectories(table, how, [])
+    probability = torch.stack([t.probability for t in trajectories])
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12), "the oracle itself"
+    exact = log_likelihoods(table, how, trajectories, exact=True).double()
+    assert exact.exp().sum().item() == pytest.approx(1, abs=2e-6)
+    likely = probability > 1e-8  # no action is scored below LOG_FLOOR
+    torch.testing.assert_close(exact[likely], probability[likely].log(), atol=2e-5, rtol=0)
+
+    reward = torch.randn(len(trajectories), generator=torch.Generator().manual_seed(2)).double()
+    (wanted,) = torch.autograd.grad((probability * reward).sum(), table.logits)
+    (found,) = torch.autograd.grad((probability.detach() * reward * exact).sum(), table.logits)
+    assert (found - wanted).norm() < 1e-4 * max(wanted.norm().item(), 1e-3)
+
+
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
@@ -187,7 +250,7 @@ def score_one(logits, target, bound, how=None):
 def test_hold_mass_by_hand():
     logits = [math.log(0.5), math.log(0.3), math.log(0.2)]
     for bound, mass in ((0.25, 0.2), (0.4, 0.5), (0.9, 1.0), (math.inf, 1.0)):
-        logprob, gradient = score_one(logits, HOLD, bound)
+        logprob, gradient = score_one(logits, HOLD, math.log(bound))
         assert logprob == pytest.approx(math.log(mass), abs=1e-6)
         # d log h / d logit_v = p_v ([p_v < bound] / h - 1)
         by_hand = [p * ((p < bound) / mass - 1) for p in (0.5, 0.3, 0.2)]
@@ -195,7 +258,7 @@ def test_hold_mass_by_hand():
 
 
 def test_hold_that_became_impossible_is_finite_and_without_gradient():
-    logprob, gradient = score_one([0.0, 0.0, 0.0], HOLD, 0.1)
+    logprob, gradient = score_one([0.0, 0.0, 0.0], HOLD, math.log(0.1))
     assert logprob == pytest.approx(-20.7)
     assert gradient.tolist() == [0.0, 0.0, 0.0]
 

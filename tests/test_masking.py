@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import WORDS, random_rollout, rollout_of
 
-from masking import HOLD, Packed, block_mask, dense_mask, noise, pack, padded, replay, visible
+from masking import HOLD, Packed, Trajectory, block_mask, dense_mask, noise, pack, padded, replay, visible
 from plumbing.balance import plan_packs
 from plumbing.common import InputError
 
@@ -239,7 +239,8 @@ def test_replay_worked_example():
     rollout = rollout_of([5, 6], [7, 8, 9, 1, 2, 3])
     rollout.steps = [1, 2, 3, 3, 4, 3]
     rollout.logprobs = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
-    rollout.hold_bounds = [0.1, 0.2, 0.3, 0.3, 0.4, 0.3]
+    rollout.hold_bounds = [[], [-0.1], [], [], [-0.3], []]  # 8 held at step 1, 2 at step 3
+    rollout.hold_logprobs = [[], [-0.7], [], [], [-0.8], []]
     (row,) = pack([replay(rollout, 4, weight=0.5, advantage=-2.0)], 4, MASK, token_budget=99)
     _ = MASK
     clean = [5, 6, 7, 8, 9, 1, 2, 3]
@@ -257,8 +258,13 @@ def test_replay_worked_example():
     (row,) = pack([replay(rollout, 4, weight=0.5, exact=True)], 4, MASK, token_budget=99)
     assert row.scored.tolist() == [10, 11, 15, 16, 17, 18, 19, 22]
     assert row.targets.tolist() == [7, HOLD, 8, 9, 1, HOLD, 3, 2]
-    assert np.allclose(row.bounds, [0.1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.4])
-    assert row.engine_logprobs.isnan().tolist() == [t == HOLD for t in row.targets]
+    assert np.allclose(row.bounds[row.targets == HOLD], [-0.1, -0.3])
+    assert np.allclose(row.engine_logprobs, [-1, -0.7, -2, -3, -4, -0.8, -6, -5])
+
+
+def test_an_exact_replay_needs_the_holds():
+    with pytest.raises(ValueError, match="holds=True"):
+        replay(Trajectory([1], [2, 3, 4], [1, 1, 2], [0.0] * 3), 4, 1.0, exact=True)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8])
@@ -299,13 +305,14 @@ def test_replay_against_a_walk_through_the_decoder(block_size, exact):
             (block,) = {i // block_size for i in decided}
             members = range(block * block_size, (block + 1) * block_size)
             shown = tuple(ids[i] if steps[i] < step else MASK for i in members)
-            bound = r.hold_bounds[decided[0] - len(r.prompt_ids)]
+            before = len({steps[i] for i in members if 0 < steps[i] < step})
             for i in members:
+                at, numbers = i - len(r.prompt_ids), (0.25 * (index + 1), index - 3)
                 if i in decided:
-                    logprob = r.logprobs[i - len(r.prompt_ids)]
-                    wanted[index, shown, i] = (ids[i], bound, 0.25 * (index + 1), index - 3, logprob)
+                    wanted[index, shown, i] = (ids[i], 0.0, *numbers, r.logprobs[at])
                 elif steps[i] > step and exact:
-                    wanted[index, shown, i] = (HOLD, bound, 0.25 * (index + 1), index - 3, float("nan"))
+                    held = r.hold_bounds[at][before], r.hold_logprobs[at][before]
+                    wanted[index, shown, i] = (HOLD, held[0], *numbers, held[1])
     assert found.keys() == wanted.keys()
     for key, values in wanted.items():
         assert all(a == b for a, b in zip(found[key], values, strict=True)), key

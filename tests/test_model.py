@@ -338,7 +338,7 @@ def test_score_logits_against_sorting(temperature, top_k, top_p):
     targets[::3] = logits[::3].argmax(-1)
     targets[1::3] = HOLD
     bounds = torch.rand(40, generator=generator)
-    scores = score_logits(logits, targets, bounds, how)
+    scores = score_logits(logits, targets, bounds.log(), how)
     for m in range(40):
         logprob, entropy = oracle(logits[m].tolist(), int(targets[m]), float(bounds[m]), how)
         assert float(scores.logprobs[m]) == pytest.approx(logprob, abs=1e-4), f"action {m}"
@@ -350,7 +350,7 @@ def test_reveals_and_holds_sum_to_one():
     logits = torch.randn(6, 20, generator=torch.Generator().manual_seed(1)) * 2
     bound = 0.1
     p = logits.softmax(-1)
-    hold = score_logits(logits, torch.full((6,), HOLD), torch.full((6,), bound), Sampling())
+    hold = score_logits(logits, torch.full((6,), HOLD), torch.full((6,), bound).log(), Sampling())
     above = torch.where(p >= bound, p, 0.0).sum(-1)
     assert torch.allclose(hold.logprobs.exp() + above, torch.ones(6), atol=1e-6)
 
@@ -361,7 +361,7 @@ def test_impossible_actions_get_the_floor_and_finite_gradients(how):
     logits = torch.tensor([[9.0, 1, 0, -1], [1e4, 0, 0, 0], [0.0, 0, 0, 0], [-3e4, 3e4, 0, 1]])
     logits.requires_grad_(True)
     targets = torch.tensor([HOLD, 3, HOLD, HOLD])
-    bounds = torch.tensor([0.0, 0.0, 1e-9, float("inf")])
+    bounds = torch.tensor([0.0, 0.0, 1e-9, float("inf")]).log()
     scores = score_logits(logits, targets, bounds, how)
     assert scores.logprobs[:3].tolist() == pytest.approx([sdar.LOG_FLOOR] * 3)
     assert scores.logprobs[3].item() == pytest.approx(0.0), "any draw was held"
@@ -414,10 +414,10 @@ def test_written_out_gradient_in_float64(monkeypatch, temperature, holds, at_onc
     hidden = torch.randn(11, 6, generator=generator, dtype=torch.double)
     head = 2 * torch.randn(19, 6, generator=generator, dtype=torch.double)
     targets = torch.randint(0, 19, (11,), generator=generator)
-    bounds = torch.rand(11, generator=generator) / 2
+    bounds = (torch.rand(11, generator=generator) / 2).log()
     if holds:
         targets[::2] = HOLD
-        bounds[2], bounds[4] = 0, math.inf  # nothing could be held; any draw would have been
+        bounds[2], bounds[4] = -math.inf, math.inf  # nothing could be held; any draw would have been
     few_logits_at_once(monkeypatch, 19, at_once)
     inputs = (hidden.requires_grad_(True), head.requires_grad_(True))
 
@@ -469,7 +469,7 @@ def test_compiled_scoring_equals_eager(dtype, holds):
     for scored in (40, 24):
         problem = scoring.Problem(scored, 1000, 16, dtype, "cpu")
         logits = (problem.hidden @ problem.head.T).detach()
-        bounds = torch.where(problem.some_held == HOLD, problem.bounds, 0) if holds else None
+        bounds = torch.where(problem.some_held == HOLD, problem.bounds, -math.inf) if holds else None
         targets = problem.some_held if holds else problem.targets
         eager, compiled = (
             f(logits.clone(), targets, bounds, 1.0, sdar.LOG_FLOOR)
@@ -477,7 +477,7 @@ def test_compiled_scoring_equals_eager(dtype, holds):
         )
         for a, b in zip(eager, compiled, strict=True):
             assert torch.allclose(a, b, atol=2e-5)
-        parts = (bounds, eager[0], eager[2], problem.weights, 1.0)
+        parts = (bounds, eager[0], eager[2:], problem.weights, 1.0)
         eager, compiled = (
             f(logits.clone(), *parts)
             for f in (kernels._score_chunk_gradient, kernels._compiled(kernels._score_chunk_gradient))

@@ -306,7 +306,7 @@ def graded(
     forwards = round(180 / tpf)
     steps = [1 + i % forwards for i in range(max(180, forwards))]  # no decoder has a TPF below 1
     reason = "length" if truncated else "stop"
-    rollout = Rollout([], [0] * 180, steps, [], [], num_tokens, reason)
+    rollout = Rollout([], [0] * 180, steps, [], num_tokens, reason)
     assert rollout.tokens_per_forward == tpf
     return Graded(rollout, Question("?", "1"), text, answer, correct, block_size, max_tokens)
 

@@ -4,6 +4,7 @@ The oracles are what rollout.py's first lines say, in plain Python: which positi
 decoder without a cache whose every step is one forward over prompt and blocks under a block-causal mask.
 """
 
+import math
 import random
 from collections import Counter
 from typing import get_args
@@ -74,10 +75,10 @@ def test_reveal_and_hold_bound_follow_the_text(rule, block_size):
             # powers: often none reaches the threshold, often several do
             power = rng.choice([0.2, 1.0, 6.0])
             cases.append(([rng.random() ** power for _ in range(block_size)], masked))
-        confidence = torch.tensor([c for c, _ in cases])
+        confidence = torch.tensor([c for c, _ in cases]).log()
         masked = torch.tensor([m for _, m in cases])
         shown = reveal(confidence, masked, how)
-        bounds = hold_bound(confidence, shown, how).tolist()
+        bounds = hold_bound(confidence, shown, how).exp().tolist()
         for i, (c, m) in enumerate(cases):
             by_hand = reveal_by_hand(c, m, how)
             assert shown[i].tolist() == by_hand, f"{how} {c} {m}"
@@ -91,13 +92,36 @@ def test_reveal_and_hold_bound_follow_the_text(rule, block_size):
                 "static": least,
                 "dynamic": how.threshold if least >= how.threshold else least,
             }[rule]
-            assert bounds[i] == pytest.approx(wanted, rel=1e-6)
+            assert bounds[i] == pytest.approx([wanted] * block_size, rel=1e-5)
 
 
 def test_a_confidence_equal_to_the_threshold_reveals():
     how = Decoding(rule="dynamic", threshold=0.5)
-    shown = reveal(torch.tensor([0.5, 0.75, 0.25]), torch.tensor([True] * 3), how)
+    shown = reveal(torch.tensor([0.5, 0.75, 0.25]).log(), torch.tensor([True] * 3), how)
     assert shown.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("how", "confidence", "shown", "held_if_equal"),
+    [  # of equal ones the left is first; right of the last revealed an equal draw was held
+        (Decoding(rule="static", denoising_steps=4), [-1.0, -1.0, -1.0, -1.0], [1, 0, 0, 0], [0, 1, 1, 1]),
+        (Decoding(rule="static", denoising_steps=2), [-1.0, -0.5, -1.0, -1.0], [1, 1, 0, 0], [0, 1, 1, 1]),
+        (Decoding(rule="static", denoising_steps=2), [-2.0, -1.0, -1.0, -1.0], [0, 1, 1, 0], [0, 0, 0, 1]),
+        (Decoding(threshold=0.9), [-1.0, -0.7, -0.7, -3.0], [0, 1, 0, 0], [0, 0, 1, 1]),
+        (Decoding(threshold=0.3), [-1.0, -0.7, -0.7, -3.0], [1, 1, 1, 0], [0, 0, 0, 0]),
+        (Decoding(threshold=math.exp(-0.5)), [-0.5, -0.5, -0.7, -3.0], [1, 1, 0, 0], [0, 0, 0, 0]),
+    ],
+)
+def test_equally_confident_positions_have_an_order(how, confidence, shown, held_if_equal):
+    confidence = torch.tensor(confidence)
+    revealed = reveal(confidence, torch.tensor([True] * 4), how)
+    assert revealed.tolist() == [bool(x) for x in shown]
+    least = confidence[revealed].min()
+    bounds = hold_bound(confidence, revealed, how)
+    if how.rule == "dynamic" and least >= math.log(how.threshold):
+        least = torch.tensor(math.log(how.threshold))  # here an equal draw would have been revealed
+    assert (least < bounds).tolist() == [bool(x) for x in held_if_equal]
+    assert (bounds - least).abs().max() < 1e-6
 
 
 # -------------------------------------------------------------------------- decoding from scratch
@@ -174,15 +198,15 @@ def test_cached_decoding_is_recomputation_from_scratch(network, rule, block_size
 def is_same(one: Rollout, other: Rollout) -> bool:
     """The same answer up to the rounding of its log-probabilities and bounds."""
     exact = ("prompt_ids", "response_ids", "steps", "num_tokens", "finish_reason", "seed")
-    close = ("logprobs", "hold_bounds")
-    return all(getattr(one, n) == getattr(other, n) for n in exact) and all(
-        getattr(one, n) == pytest.approx(getattr(other, n), abs=1e-4) for n in close
-    )
+    if not all(getattr(one, n) == getattr(other, n) for n in exact):
+        return False
+    flat = [[r.logprobs, *r.hold_bounds, *r.hold_logprobs] for r in (one, other)]
+    return all(a == pytest.approx(b, abs=1e-4) for a, b in zip(*flat, strict=True))
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_same_answer_alone_in_a_batch_and_among_comers_and_goers(network, rule):
-    how = Decoding(rule=rule, threshold=0.6, denoising_steps=2, max_tokens=16)
+    how = Decoding(rule=rule, threshold=0.6, denoising_steps=2, max_tokens=16, holds=True)
     prompts = random_prompts([1, 6, 4, 13, 3, 20, 8, 2, 9, 5])
     seeds = list(range(10))
     together = make_engine(network, 4, STOPS).generate(prompts, seeds, how)
@@ -229,15 +253,15 @@ def test_nothing_to_do(network):
     ],
 )
 def test_what_of_a_response_is_shown(ids, max_tokens, num_tokens, reason):
-    steps, logprobs, bounds = [1, 1, 2, 3], [-0.1, -0.2, -0.3, -0.4], [0.9, 0.9, 0.5, 0.4]
-    record = {"response_ids": ids, "steps": steps, "logprobs": logprobs, "hold_bounds": bounds}
+    steps, logprobs = [1, 1, 2, 3], [-0.1, -0.2, -0.3, -0.4]
+    record = {"response_ids": ids, "steps": steps, "logprobs": logprobs}
     rollout = end_rollout([7, 5], 3, record, max_tokens, STOPS)
-    assert rollout == Rollout([7, 5], ids, steps, logprobs, bounds, num_tokens, reason, seed=3)
+    assert rollout == Rollout([7, 5], ids, steps, logprobs, num_tokens, reason, seed=3)
     assert rollout.shown_ids == ids[:num_tokens]
 
 
 def test_ends_and_what_the_user_sees(network):
-    how = Decoding(temperature=2.0, rule="dynamic", threshold=0.5, max_tokens=10)
+    how = Decoding(temperature=2.0, rule="dynamic", threshold=0.5, max_tokens=10, holds=True)
     block_size, stops = 4, {3, 5, 11}
     lengths = [1 + i % 9 for i in range(200)]
     prompts = [p[:-1] + [5] for p in random_prompts(lengths)]  # a stop token of the prompt's ends nothing
@@ -251,7 +275,7 @@ def test_ends_and_what_the_user_sees(network):
             first_stop = next((i for i, t in enumerate(block) if t in stops), None)
         assert len(r.response_ids) == length, "whole blocks, and no block more"
         assert (len(prompt) + length) % block_size == 0
-        for values in (r.steps, r.logprobs, r.hold_bounds):
+        for values in (r.steps, r.logprobs, r.hold_bounds, r.hold_logprobs):
             assert len(values) == length
         assert sorted(set(r.steps)) == list(range(1, r.num_steps + 1)), "every token has its step"
         assert r.tokens_per_forward == pytest.approx(length / len(set(r.steps)))

@@ -33,7 +33,7 @@ DIPO_METRICS = {
     "reward", "reward_kept", "accuracy", "tpf", "response_tokens", "truncation_rate",
     "groups_kept", "groups_asked", "kept_rate", "rollout_tokens",
     "loss", "entropy", "clip_fraction", "policy_kl", "hold_fraction", "grad_norm",
-    "gap_mean", "gap_max", "gap_capped", "gap_kl", "train_tokens", "gib_given_back",
+    "gap_mean", "gap_max", "gap_capped", "gap_holds", "gap_kl", "train_tokens", "gib_given_back",
     "seconds/rollout", "seconds/train", "seconds/update_weights",
 }  # fmt: skip
 REPORTED = EVALUATION | {  # by evaluate.py alone
@@ -212,7 +212,10 @@ def test_help_of_the_others_is_their_docstring_and_writes_nothing(script, tmp_pa
         (script, "data=nowhere.jsonl", "nowhere.jsonl: no such data file")
         for script in ("sft", "dipo", "evaluate")
     ]
-    + [("dipo", "rewards.brevity=1", "brevity"), ("dipo", "rewards={no_such.reward: 1}", "no_such.reward")],
+    + [
+        ("dipo", "rewards.brief=1", "brief"),
+        ("dipo", "rewards={no_such.reward: 1}", "no_such.reward"),
+    ],
 )
 def test_what_needs_no_model_is_answered_before_torch_is_imported(script, argument, answer) -> None:
     done = subprocess.run(
