@@ -19,16 +19,20 @@ import sft
 from dipo import (
     DiPOConfig,
     Group,
+    accumulate_gradients,
     action_weight,
     collect_groups,
     dipo_loss,
     group_advantages,
+    hold_agreement,
     make_group,
     pack_groups,
     policy_sampling,
     sample_groups,
+    score_rows,
+    training_metrics,
 )
-from masking import noise
+from masking import HOLD, noise
 from plumbing.checkpoint import named_weights, tiny
 from plumbing.common import DataOrder, InputError, read_records
 from plumbing.config import load_config
@@ -602,3 +606,40 @@ def test_the_loop_of_dipo_makes_these_steps(folder, tmp_path):
         trainer.step += 1
     dipo.main(configured(DiPOConfig, folder, tmp_path / "run", **settings))
     assert_same_run(tmp_path / "run", trainer, figures)
+
+
+# ------------------------------------------------------------------- holds that engine and trainer dispute
+
+
+def test_a_hold_that_the_trainer_finds_less_likely_weighs_less():
+    trainer = torch.tensor([-1.0, -1.0, -16.0, -0.5, -3.0])
+    engine = torch.tensor([-1.0, -3.0, -0.1, -0.5, -1.0])
+    held = torch.tensor([True, True, True, False, False])
+    weights = hold_agreement(trainer, engine, held)
+    assert weights.tolist() == pytest.approx([1, 1, math.exp(-15.9), 1, 1])
+
+
+def test_a_disputed_hold_does_not_dominate_the_gradient(folder, tmp_path, groups, monkeypatch):
+    """Engine: a sure hold. Trainer: all but impossible, as when two sure positions change their order."""
+    trainer = start(DiPOConfig, folder, tmp_path / "run", group_size=4, likelihood="exact")
+    packs = pack_groups(groups, trainer.config, BLOCK, trainer.mask_id)
+
+    def gradient_norm() -> tuple[float, float]:
+        rows = score_rows(packs, trainer.model, None, trainer.config)
+        stats = accumulate_gradients(trainer.model, rows, trainer.config, first_update=True)
+        norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1e9).item()
+        trainer.optimizer.zero_grad()
+        return norm, training_metrics(stats, trainer.config)["gap_holds"]
+
+    agreed, gap = gradient_norm()
+    assert gap < 1e-3
+    for packed in packs:
+        held = packed.targets == HOLD
+        packed.bounds[held], packed.engine_logprobs[held] = -9.0, -0.01
+        packed.weights[held] *= 10  # many of them
+    disputed, gap = gradient_norm()
+    assert gap > 0.9
+    monkeypatch.setattr(dipo, "hold_agreement", lambda trainer, *_: torch.ones_like(trainer))
+    dominated, _ = gradient_norm()
+    assert dominated > 5 * agreed, "the negative control"
+    assert disputed < 1.5 * agreed
