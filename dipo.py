@@ -68,11 +68,11 @@ class DiPOConfig(TrainConfig):
     )
 
     rule: Rule = setting("dynamic", "decoding rule", heading="Decoding of the rollouts")
-    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal")
+    threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal", at_most=1)
     denoising_steps: int = setting(4, "static, sequential: steps per block", above=0)
     temperature: float = setting(1.0, "of rollouts, and of the policy that is trained", above=0)
     top_k: int = setting(0, "likewise; 0: off")
-    top_p: float = setting(1.0, "likewise; 1: off")
+    top_p: float = setting(1.0, "likewise; 1: off", above=0, at_most=1)
     max_tokens: int = setting(64, "new tokens per rollout", above=0)
 
     def check(self) -> None:

@@ -72,5 +72,7 @@ def fitting_questions(
     for question in progress(questions, desc="lengths", unit="question", leave=False, disable=quiet):
         lengths.append(len(encode_prompt(tokenizer, config.prompt.replace("{question}", question.text))))
     room = engine.positions // engine.block_size * engine.block_size - max_tokens
+    if room < 1:
+        raise InputError(f"max_tokens is {max_tokens}, and the model has {engine.positions} positions")
     expected = f"since the model has {engine.positions} positions and max_tokens is {max_tokens}"
     return fitting(questions, lengths, room, expected, getattr(config, "too_long", "error"))
