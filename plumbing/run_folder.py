@@ -65,6 +65,7 @@ class RunFolder:
         self.config, self.path = config, Path(config.out)
         self.rank, self.world = rank_and_world()
         self._lock = lock(self.path) if self.rank == 0 else None
+        self.weights = Path()
         self._checkpoint = self._open()
         self.initial = self._initial_model()
         self.weights = self._checkpoint or self.initial
@@ -261,6 +262,9 @@ class RunFolder:
         """
         for log in list(self._unwritten):
             self.append(log, [])
+        self.weights = Path()
+        if self.rank == 0:
+            self._drop_old_checkpoints()
         if self._lock:
             self._lock.close()
         if self._unwritten:
@@ -318,8 +322,10 @@ class RunFolder:
             optimizer.state[parameter] = state | {"step": step}
 
     def _drop_old_checkpoints(self) -> None:
+        """Except the one that the run goes on from: an engine that dies is started again with its files."""
         for old in checkpoints(self.path)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
+            if old != self.weights:
+                shutil.rmtree(old.rename(old.with_name(f".part-{old.name}")))
 
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.path / ".part-latest"

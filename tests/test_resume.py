@@ -258,6 +258,22 @@ def test_a_resumed_run_outlives_the_checkpoint_it_came_from(finished, good, tmp_
     assert_same_run(out, reference)
 
 
+def test_the_checkpoint_that_a_run_goes_on_from_stays_until_its_end(good, tmp_path, monkeypatch) -> None:
+    """An engine in a subprocess that dies is started again with the files of that checkpoint."""
+    out, there = tmp_path / "run", []
+    run_here("sft", good, out, "steps=2", "save_every=1", "keep_checkpoints=1")
+    log = run_folder.RunFolder.log
+
+    def look_and_log(self, *arguments) -> None:
+        there.append((self.weights / "model.safetensors").exists())
+        log(self, *arguments)
+
+    monkeypatch.setattr(run_folder.RunFolder, "log", look_and_log)
+    run_here("sft", good, out, "steps=6", "save_every=1", "keep_checkpoints=1", "resume=true")
+    assert there == [True] * 4
+    assert [f.name for f in sorted(out.glob("checkpoints/*"))] == ["step-000006"]
+
+
 def test_killed_between_the_last_checkpoint_and_the_link_to_it(finished, good, tmp_path) -> None:
     script, reference = finished
     out = copy(reference, tmp_path)
