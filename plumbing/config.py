@@ -28,7 +28,12 @@ from plumbing.common import InputError, check_model, end_on_signals, fail
 
 Config = TypeVar("Config")
 LARGEST = 2**63 - 1  # of all numbers in a config, and as far below 0
-BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+BOUNDS = {
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
 Rule = Literal["dynamic", "static", "sequential"]  # how positions are chosen: rollout.reveal
 EngineName = Literal["auto", "lmdeploy", "torch"]
 
@@ -188,7 +193,7 @@ def check_bounds(config: Any) -> None:
         if bounds["above"] is not None:
             bounds["at_least"] = None
         bounds = {name: bound for name, bound in bounds.items() if bound is not None}
-        expected = " and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())
+        expected = " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
 
         # Its items if it is a list, its numbers, or its text.
         if str(f.type).startswith("list"):
@@ -199,7 +204,7 @@ def check_bounds(config: Any) -> None:
         for number in numbers_in(value):
             if not -LARGEST <= number <= LARGEST:  # nan is not either
                 raise InputError(f"config key {f.name}: {value}, expected a finite number of usual size")
-            if not all(BOUNDS[name](number, bound) for name, bound in bounds.items()):
+            if not all(BOUNDS[name][0](number, bound) for name, bound in bounds.items()):
                 raise InputError(f"config key {f.name}: {value}, expected {expected}")
         if isinstance(value, str) and ("\0" in value or (f.default and not value.strip())):
             raise InputError(f"config key {f.name}: {value!r}, expected a text")

@@ -468,7 +468,7 @@ def test_of_two_responses_with_one_seed_the_last_counts(place, evaluated) -> Non
         ("dipo", ["prompt=Solve {Question}"], ["prompt", "{question}"]),
         ("sft", ["prompt={question"], ["prompt"]),
         ("evaluate", ["prompt=''"], ["prompt"]),
-        ("evaluate", ["top_p=0"], ["top_p", "above 0"]),
+        ("evaluate", ["top_p=0"], ["top_p", "more than 0"]),
         ("evaluate", ["top_p=1.5"], ["top_p", "at most 1"]),
         ("evaluate", ["threshold=2"], ["threshold", "at most 1"]),
         ("dipo", ["eval_threshold=7"], ["eval_threshold", "at most 1"]),
