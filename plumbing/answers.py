@@ -7,8 +7,7 @@ reads `Tom` as T*o*m and so as `Mot`, `5 km` as `5 m`, `3m` as `3`, `R` as `r`, 
 `7:00`, and takes any two equations without solutions for the same.)
 
     any order     lists `1,2` (also `or`, `\pm`), sets `\{1,2\}`, unions of intervals
-    in order      tuples and intervals with their brackets, matrices and sums of their multiples, ratios;
-                  `3,2` will do for `(3,2)`, and `1:2` for 1/2
+    in order      tuples, intervals with their brackets, matrices; `3,2` will do for `(3,2)`, `1:2` for 1/2
     chains        the last value counts: `|AB| = 2 + 3 = 5`. A left side names the value, if it is no sum or
                   multiple of unknowns, or if the value is a number; `5x - 7y = 0` is no way to say 0
     one side only a unit, a percent or degree sign, a base, `x =`: not held against the answer, as the
@@ -16,9 +15,8 @@ reads `Tom` as T*o*m and so as `Mot`, `5 km` as `5 m`, `3m` as `3`, `R` as `r`, 
     decimals      exact, except that six digits or more may be the rounding of what is no decimal
     spaces        `1 2` is not 12, and `1 1/2` not 11/2; `10 000` is one number
     letters       R is not r, x' not x; words are the same with capitals, and never products of letters
-    sentences     `The answer is 5` is not 5: a box holds the value alone, which is easy to learn and to
-                  check; a sentence may deny or hedge what it ends in. Only `for all x` is passed over, and
-                  what follows `where` if the gold answer has such a condition, as it cannot be compared
+    sentences     `The answer is 5` is not 5: a sentence may deny or hedge what it ends in. Only `for all x`
+                  is passed over, and what follows `where` if the gold answer has such a condition
 
 The policy writes the answers, so they are hostile sooner or later: `9^{9^{9^{9}}}` never finishes.
 `judge_all` therefore compares in worker processes which the kernel ends at a limit of processor time; a
@@ -47,6 +45,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, Overflow
 from fractions import Fraction
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,13 +144,10 @@ ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12
 
 def _plain(text: str) -> str:
     """LaTeX for what Unicode has a character for: `x²`, `½`, `√2`."""
-    text = re.sub(f"[{RAISED}]+|[{LOWERED}]+", _script, text.translate(UNICODE))
+    for sign, characters in (("^", RAISED), ("_", LOWERED)):
+        text = re.sub(f"([{characters}]+)", rf"{sign}{{\1}}", text)
+    text = text.translate(UNICODE).translate(SCRIPTS)
     return re.sub(r"√\s*(?:(\d+|[A-Za-z])|\(([^()]*)\))", r"\\sqrt{\1\2}", text).replace("√", r"\sqrt ")
-
-
-def _script(found: re.Match) -> str:
-    """`x¹²` as `x^{12}`."""
-    return ("^{" if found[0][0] in RAISED else "_{") + found[0].translate(SCRIPTS) + "}"
 
 
 def _repeating(found: re.Match) -> str:
@@ -178,7 +174,7 @@ REWRITES = [
     (r"(?<!\\)\\[()\[\]!]|(?<!\\)\$|\\displaystyle", ""),
     (r"\\(?:left|right)\.|\\(?:left|right|[bB]igg?[lr]?)(?![a-z])", ""),
     (r"(?<=\d)(?:\{,\}|,?\\,)(?=\d)", ","),
-    (r"(?:(?<=\s)|(?<=^[x-z]))!=", r"\\ne "),  # and no factorial
+    (r"!=(?:(?<=\s!=)|(?<=^[x-z]!=))", r"\\ne "),  # and no factorial
     (r"(?:(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s)+", " "),  # no two spaces from here on
     (r"(\d{1,3}(?: \d{3})+)", lambda m: m[1].replace(" ", ""), "whole"),
     (r"(?<=[a-z}])\{(\d{1,3}(?:,\d{3})+)\}", lambda m: "{" + m[1].replace(",", "") + "}"),
@@ -218,20 +214,25 @@ REWRITES = [
     (r"^\\?[A-Za-z](?:_\{\w+\})?\s*\\in(?![a-z])|(?<![\s.,:])[\s.,:]+$|^[\s,+]+", ""),
     (r"(?<=\d) +(?=[A-Za-z])|(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", ""),
 ]  # fmt: skip
-REWRITES = [(re.compile(p, re.DOTALL), r, bool(whole)) for p, r, *whole in REWRITES]
+REWRITES = [  # templates as functions: called only where the pattern is found
+    (re.compile(p, re.DOTALL), r if callable(r) else methodcaller("expand", r), bool(whole))
+    for p, r, *whole in REWRITES
+]
 
 
 @functools.lru_cache(maxsize=2**14)
 def normal_form(text: str) -> str:
     """One spelling for what LaTeX spells in many ways, without white space that means nothing."""
     text = text.strip()
+    if text.isdecimal():  # most answers: nothing to rewrite
+        return text
     if not text.isascii():
         text = _plain(text)
     for pattern, replacement, whole in REWRITES:
         if not whole:
             text = pattern.sub(replacement, text)
         elif found := pattern.fullmatch(text):
-            text = replacement(found) if callable(replacement) else found.expand(replacement)
+            text = replacement(found)
     return text.strip()
 
 
@@ -264,7 +265,7 @@ def quick_verdict(answer: str, gold: str, tolerance: float | None) -> Verdict | 
         return Verdict(False, "no answer")
     if max(len(answer), len(gold)) > MAX_CHARS:
         return Verdict(answer.strip() == gold.strip(), f"longer than {MAX_CHARS} characters")
-    if _spaced(answer) == _spaced(gold):
+    if "".join(answer.split()) == "".join(gold.split()) and _spaced(answer) == _spaced(gold):
         return Verdict(True, "same text")
     if _depth(answer) > MAX_DEPTH:
         return Verdict(False, f"brackets more than {MAX_DEPTH} deep")
@@ -287,8 +288,8 @@ def _normal_forms(answer: str, gold: str) -> tuple[str, str]:
     `200,807` is one number, except where the other side has several: then it is a list. `for all x` says
     nothing, and a condition behind `where` is not asked for if the gold answer has one.
     """
-    condition = r"\b(?:where|for (?:all|any|every))\b" if "where" in gold else r"\bfor (?:all|any|every)\b"
-    answer, gold = (re.split(condition, text)[0] for text in (answer, gold))
+    for word in ("for all ", "for any ", "for every ", *["where"] * ("where" in gold)):
+        answer, gold = answer.partition(word)[0], gold.partition(word)[0]
     form, gold_form = normal_form(answer), normal_form(gold)
     if ("," in form or r"\pm" in form) and THOUSANDS.fullmatch(gold):
         gold_form = gold.strip("$ ")
@@ -342,11 +343,7 @@ MATRIX = re.compile(
 
 
 def matrix(text: str) -> list[list[str]] | None:
-    r"""The rows of a matrix, or of a sum of multiples of matrices; None for anything else.
-
-    >>> matrix(r"\begin{pmatrix}1&x\end{pmatrix}-2\begin{pmatrix}3&4\end{pmatrix}")
-    [['1+(-2)\\cdot(3)', 'x+(-2)\\cdot(4)']]
-    """
+    """The rows of a matrix, or of a sum of multiples of matrices; None for anything else."""
     total, end = [], 0
     for found in MATRIX.finditer(text):
         # What stands before it: nothing, a sign or a factor; before all but the first also a sign.
@@ -681,7 +678,7 @@ def _compare_expressions(answer: str, gold: str, tolerance: float | None) -> Ver
     from math_verify import verify
 
     if "'" in answer + gold:
-        return Verdict(False, "primes: only the same text is equal")  # the parser drops them
+        return Verdict(False, "primes: only the same text is equal")  # as the parser drops them
     a, g = _parse(answer), _parse(gold)
     if a is None or g is None:
         return Verdict(False, "cannot be read as mathematics: only the same text is equal")
