@@ -65,7 +65,7 @@ class RunFolder:
         self.config, self.path = config, Path(config.out)
         self.rank, self.world = rank_and_world()
         self._lock = lock(self.path) if self.rank == 0 else None
-        self.weights = Path()
+        self.weights = Path()  # none yet
         self._checkpoint = self._open()
         self.initial = self._initial_model()
         self.weights = self._checkpoint or self.initial
@@ -262,7 +262,7 @@ class RunFolder:
         """
         for log in list(self._unwritten):
             self.append(log, [])
-        self.weights = Path()
+        self.weights = Path()  # not needed any more
         if self.rank == 0:
             self._drop_old_checkpoints()
         if self._lock:
