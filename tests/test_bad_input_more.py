@@ -810,34 +810,32 @@ PIECES = ["1", "1,", "1,123", "123,", "12 ", " ", "~", "\t", "\\ ", "\\,", "\\qu
           "$", "\\$", "^", "^{", "_", ".", ". ", ":", ", ", ",\\!", "{,}", "1/", "\\frac", "\\frac{1}", "|",
           "\\sqrt", "sqrt(", "\\text{", "\\text{1", "\\text{and", "and ", ",and", "percent", " percent", "=",
           "\\circ", "^\\circ", "pi", "inf", "\\boxed{", "**", "x_{a", "x \\in", "\\begin{matrix}", "\\{",
-          "×", "a", "<think>", "</think>", "</think> "]  # fmt: skip
+          "×", "a", "<think>", "</think>", "</think> ", "½", "√", "x²", "\\overline{3", "0.\\overline",
+          " units", "million", ">=", "!=", "|A", "\\sin ", "(x)=", "\\pm", "\\mp2", "\\begin{array}{c",
+          "\\\\[4pt]", " or ", "for all ", "where ", "10 000", "\\mathrm{cm^", "'", "1:2", "\\mathbf "]  # fmt: skip
 ATTACK = """
 import resource, sys, json
-resource.setrlimit(resource.RLIMIT_CPU, (100, 100))
-import time
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 from types import SimpleNamespace
 import reward
 from plumbing import answers
 
-pieces, worst = json.loads(sys.argv[1]), (0.0, "", "")
 rules = [answers.normal_form.__wrapped__, answers.number, answers._decimals, answers._depth]
 rules += [answers.extract_answer, lambda text: answers.quick_verdict(text, "1", None)]
 for form in (reward.think_only, reward.think_format, reward.think_first):
     rules.append(lambda text, form=form: form(SimpleNamespace(text=text)))
 rules += [lambda text: reward.repetition(SimpleNamespace(text=text))]
-for piece in pieces:
+for piece in json.loads(sys.argv[1]):
     for start in ("", "<think>", "\\\\text{", "1", " "):
         for end in ("x", "!", "}", "\\n"):
             text = (start + piece * 2000)[:1999] + end
-            for number, rule in enumerate(rules):
-                begin = time.process_time()
+            for rule in rules:
                 rule(text)
-                worst = max(worst, (time.process_time() - begin, text[:40], str(number)))
-print(json.dumps(worst))
 """
 
 
 def test_no_pattern_holds_up_the_trainer() -> None:
+    """A few thousand attacks within a minute of processor time; one on a cubic pattern alone takes longer."""
     pairs = ["".join(pair) for pair in itertools.islice(itertools.permutations(PIECES, 2), 0, None, 97)]
     done = subprocess.run(
         [sys.executable, "-c", ATTACK, json.dumps(PIECES + pairs)],
@@ -847,8 +845,6 @@ def test_no_pattern_holds_up_the_trainer() -> None:
         text=True,
     )
     assert done.returncode == 0, f"it ran out of processor time: {done.stderr[-500:]}"
-    seconds, text, rule = json.loads(done.stdout)
-    assert seconds < 0.05, f"{seconds:.2f} s for rule {rule} on {text!r}"
 
 
 def test_a_report_of_a_sweep_takes_any_name(tmp_path) -> None:
