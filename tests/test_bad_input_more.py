@@ -812,7 +812,8 @@ PIECES = ["1", "1,", "1,123", "123,", "12 ", " ", "~", "\t", "\\ ", "\\,", "\\qu
           "\\circ", "^\\circ", "pi", "inf", "\\boxed{", "**", "x_{a", "x \\in", "\\begin{matrix}", "\\{",
           "×", "a", "<think>", "</think>", "</think> ", "½", "√", "x²", "\\overline{3", "0.\\overline",
           " units", "million", ">=", "!=", "|A", "\\sin ", "(x)=", "\\pm", "\\mp2", "\\begin{array}{c",
-          "\\\\[4pt]", " or ", "for all ", "where ", "10 000", "\\mathrm{cm^", "'", "1:2", "\\mathbf "]  # fmt: skip
+          "\\\\[4pt]", " or ", "for all ", "where ", "10 000", "\\mathrm{cm^", "'",
+          "1:2", "\\mathbf "]  # fmt: skip
 ATTACK = """
 import resource, sys, json
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
