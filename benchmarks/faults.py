@@ -450,6 +450,7 @@ def prepare(out: Path, seed: int) -> Campaign:
     import model
     from plumbing.lmdeploy_engine import lmdeploy_problem
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background, and inherited
     out.mkdir(parents=True)
     model.checkpoints.tiny(out / "model", **SMALL)
     sizes = ["--sft", "60", "--rl", "60", "--validation", "4", "--test", "12"]

@@ -9,6 +9,7 @@ distributions are peaked and a wrong mask, position or step is no rounding error
 
 import math
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from plumbing.checkpoint import gathered, load_tokenizer, tiny
 from plumbing.ranks import start_distributed
 from plumbing.run_folder import RunFolder, lr_at, make_optimizer, set_lr
 from rollout import Rollout, make_engine
+
+# Where the tests run in the background SIGINT is ignored, and the processes that they start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "hidden_size": 64,
