@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from plumbing.common import InputError, check_model, first_line, writing
+from plumbing.common import InputError, check_model, collecting, first_line, writing
 from plumbing.lora import base_parameters, delta_weight
 from plumbing.model_config import MODEL_TYPES, read_config_json
 
@@ -456,7 +456,7 @@ def save(
     rank: int = 0,
     ranks: int = 1,
     file_bytes: int = 4 * 2**30,
-) -> str:
+) -> list[str]:
     """Write a Hugging Face folder; call on every rank.
 
     The weights go to files of about `file_bytes`, which the ranks write at the same time, `ranks` of them
@@ -466,8 +466,8 @@ def save(
         copied: further files, as `read_copied` has them: with them it loads wherever their checkpoint does.
 
     Returns:
-        Why a file could not be written on this rank, or nothing. (It goes on with the others, since
-        gathering the weights takes every rank.)
+        Which files could not be written on this rank, and why; the call goes on all the same, since
+        gathering the weights takes every rank.
 
     Raises:
         InputError: a weight is nan or infinite, on every rank alike.
@@ -475,7 +475,8 @@ def save(
     # Round by round: all ranks gather every tensor, each keeps and writes those of its own file.
     folder.mkdir(parents=True, exist_ok=True)
     parts, names = cut_into_files(model, file_bytes)
-    weight_map, problem = {}, ""
+    weight_map: dict[str, str] = {}
+    problems: list[str] = []
     for start in range(0, len(parts), ranks):
         mine: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts[start : start + ranks]):
@@ -486,13 +487,11 @@ def save(
                     weight_map[published] = names[start + number]
                     if number == rank:
                         mine[published] = view.to("cpu", copy=True).contiguous()
-        try:
-            if mine and not problem:
+        with collecting(problems):
+            if mine and not problems:
                 write_tensors(folder / names[start + rank], mine, "format", "pt")
-        except InputError as error:
-            problem = str(error)
     if rank:
-        return problem
+        return problems
 
     # The index of several files, and the copies.
     contents = dict(copied)
@@ -500,13 +499,11 @@ def save(
         total = {"total_size": sum(p.nbytes for p in model.parameters())}
         index = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True)
         contents["model.safetensors.index.json"] = (index + "\n").encode()
-    try:
+    with collecting(problems):
         for name, content in contents.items():
             with writing(folder / name):
                 (folder / name).write_bytes(content)
-    except InputError as error:
-        problem = problem or str(error)
-    return problem
+    return problems
 
 
 # ---------------------------------------------------------------------------- a tiny model
@@ -589,6 +586,6 @@ def tiny(folder: str | Path, seed: int = 0, **changes) -> Path:
         torch.manual_seed(seed)
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    if problem := save(model, folder, read_copied(folder)):
-        raise InputError(problem)
+    if problems := save(model, folder, read_copied(folder)):
+        raise InputError(problems[0])
     return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -236,6 +237,15 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 
 @contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Bad input that is met in here goes to `problems`, and the process goes on, since other ranks wait."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error) or "bad input")
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Name the file that cannot be written; safetensors has an error of its own for a full disk."""
     try:
@@ -251,6 +261,12 @@ def write_json(path: Path, content: Any) -> None:
     with writing(part):
         part.write_text(json.dumps(content, indent=2) + "\n")
     part.replace(path)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, oldest first; a `step-000003-backup` is none of them."""
+    found = [f for f in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{6,}", f.name) and f.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def lock(folder: Path) -> IO[str]:

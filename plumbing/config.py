@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plumbing.common import InputError, check_model, end_on_signals, fail
+from plumbing.common import InputError, check_model, checkpoints, end_on_signals, fail
 
 Config = TypeVar("Config")
 LARGEST = 2**63 - 1  # of all numbers in a config, and as far below 0
@@ -399,8 +399,8 @@ def how_to_go_on(config: Any) -> str:
         return ""
     if not hasattr(config, "resume"):
         return f": {config.out} has all that was done; the same command goes on from there"
-    steps = [f.name for f in Path(config.out).glob("checkpoints/step-*") if f.name[5:].isdigit()]
-    newest = max(steps, key=lambda name: (len(name), name), default="no checkpoint")
+    done = checkpoints(Path(config.out))
+    newest = done[-1].name if done else "no checkpoint"
     return f": {config.out} has {newest}; the same command with resume=true goes on from there"
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from plumbing.common import InputError, tell
-from plumbing.ranks import gather, rank_and_world
+from plumbing.common import InputError, collecting, tell
+from plumbing.ranks import first_problem, gather, rank_and_world
 
 NOTES: list[str] = []  # what was no number in this step, in this process
 NOTES_SHOWN = 3
@@ -34,12 +34,10 @@ def together() -> Iterator[None]:
 
     Nothing in here may wait for the other ranks.
     """
-    problem = ""
-    try:
+    problems: list[str] = []
+    with collecting(problems):
         yield
-    except InputError as error:
-        problem = str(error) or "bad input"
-    if problem := next(filter(None, gather(problem)), ""):
+    if problem := first_problem(problems):
         raise InputError(problem)
 
 

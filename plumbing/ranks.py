@@ -70,6 +70,11 @@ def gather(item: Item) -> list[Item]:
     return items
 
 
+def first_problem(problems: list[str]) -> str:
+    """The first problem that any rank has, told to all of them; empty: none has one. Call on every rank."""
+    return next(filter(None, gather(problems[0] if problems else "")), "")
+
+
 def sum_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Each named value summed over the ranks, which all have the same names."""
     if rank_and_world()[1] == 1:

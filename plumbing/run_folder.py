@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -30,11 +29,11 @@ import torch
 from omegaconf import OmegaConf
 
 from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny, write_tensors
-from plumbing.common import InputError, lock, tell, write_json, writing
+from plumbing.common import InputError, checkpoints, collecting, lock, tell, write_json, writing
 from plumbing.config import TrainConfig
 from plumbing.identity import differences, identity, read_identity, shortened_logs
 from plumbing.kept import read_settings
-from plumbing.ranks import barrier, gather, rank_and_world
+from plumbing.ranks import barrier, first_problem, gather, rank_and_world
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
@@ -210,25 +209,21 @@ class RunFolder:
         self, folder: Path, step: int, cursor: int, model: torch.nn.Module, optimizer: torch.optim.AdamW
     ) -> str:
         """Write a checkpoint; why it failed on some rank, or nothing. Weights that are none end the run."""
-        part, problem = folder.with_name(f".part-{folder.name}"), ""
-        try:
-            with writing(part):
-                part.mkdir(parents=True, exist_ok=True)
-        except InputError as error:
-            problem = str(error)
-        if problem := next(filter(None, gather(problem)), ""):
+        part = folder.with_name(f".part-{folder.name}")
+        problems: list[str] = []
+        with collecting(problems), writing(part):
+            part.mkdir(parents=True, exist_ok=True)
+        if problem := first_problem(problems):
             return problem
         try:
-            problem = save(model, part, self._copied, self.rank, self.world)
+            problems = save(model, part, self._copied, self.rank, self.world)
         except InputError:  # of a weight that is none, at the same one on every rank
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
             raise
-        try:
+        with collecting(problems):
             self._save_optimizer(part, model, optimizer)
-        except InputError as error:
-            problem = problem or str(error)
-        problem = next(filter(None, gather(problem)), "")
+        problem = first_problem(problems)
 
         # All ranks are done, on one disk: with the counters it is complete.
         if self.rank == 0 and not problem and len(list(part.glob("optimizer*"))) != self.world:
@@ -341,12 +336,6 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list):
         return [as_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first; a `step-000003-backup` is none of them."""
-    found = [f for f in run.glob("checkpoints/step-*") if re.fullmatch(r"step-\d{6,}", f.name) and f.is_dir()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def spare_folder(run: Path) -> Path:

@@ -28,8 +28,7 @@ from safetensors.torch import load_file, save_file
 from model import load
 from plumbing import common
 from plumbing.checkpoint import tiny
-from plumbing.common import ROOT, InputError, lock
-from plumbing.run_folder import checkpoints
+from plumbing.common import ROOT, InputError, checkpoints, lock
 
 MORE = ["save_every=1", "keep_checkpoints=2"]
 
