@@ -139,8 +139,9 @@ class Group:
 def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
     """The group of some graded rollouts of one question."""
     rewards = [reward.values(g, config.rewards, config.reward_seconds) for g in graded]
-    for name, value in [pair for of_one in rewards for pair in of_one.items()]:
-        noted(value, f"reward {name} of a response to {graded[0].question.where}")
+    for of_one in rewards:
+        for name, value in of_one.items():
+            noted(value, f"reward {name} of a response to {graded[0].question.where}")
     totals = [reward.total(r, config.rewards) for r in rewards]
     advantages = group_advantages(rewards, totals, config)
     useful = any(advantages)
@@ -277,10 +278,12 @@ def sample_groups(
         )
 
     # Grade them, and cut the list into groups.
-    size = config.group_size
+    groups = []
     with together():
         graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
-        return [make_group(n, graded[i * size : (i + 1) * size], config) for i, (n, _) in enumerate(asked)]
+        for (number, _), first in zip(asked, range(0, len(graded), config.group_size), strict=True):
+            groups.append(make_group(number, graded[first : first + config.group_size], config))
+    return groups
 
 
 # ----------------------------------------------------------------------------- the loss
@@ -382,8 +385,7 @@ def hold_agreement(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tens
     Args:
         trainer, engine: [M] log-probabilities before the first update.
     """
-    disagreement = torch.where(held, (trainer - engine).clamp(max=0.0), 0.0)
-    return disagreement.exp()
+    return torch.where(held, (trainer - engine).clamp(max=0.0), 0.0).exp()
 
 
 # ------------------------------------------------------------------------------ training
@@ -550,8 +552,7 @@ def main(config: DiPOConfig) -> None:
     order = DataOrder(len(questions), config.seed, folder.cursor)
     if config.eval_every:
         eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
-        limit = config.eval_max_tokens
-        eval_questions = fitting_questions(eval_questions, tokenizer, engine, config, limit)
+        eval_questions = fitting_questions(eval_questions, tokenizer, engine, config, config.eval_max_tokens)
 
     bar = progress(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):

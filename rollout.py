@@ -535,9 +535,8 @@ class _Batch:
             "logprobs": self.logprobs[slot, begin:end].tolist(),
         }
         if self.how.holds:
-            record |= holds_of_tokens(
-                self.holds[slot, begin:end].tolist(), steps, begin, self.engine.block_size
-            )
+            recorded = self.holds[slot, begin:end].tolist()
+            record |= holds_of_tokens(recorded, steps, begin, self.engine.block_size)
         stops = self.engine.stop_ids.tolist()
         return request.index, end_rollout(request.prompt, request.seed, record, self.how.max_tokens, stops)
 

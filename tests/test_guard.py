@@ -349,6 +349,12 @@ def hot_engine(patch) -> None:
 FAST = ["lr=1e-2", "steps=6", *KEEP_ALL]
 
 
+def assert_step_3_changed_nothing(out) -> None:
+    for name in WEIGHTS:
+        step = [(out / "checkpoints" / f"step-{n:06d}" / name).read_bytes() for n in (2, 3)]
+        assert step[0] == step[1]
+
+
 def test_stale_weights_are_sent_again(good, tmp_path, monkeypatch):
     out = tmp_path / "out"
     install("stale:2:2", monkeypatch.setattr)
@@ -358,9 +364,7 @@ def test_stale_weights_are_sent_again(good, tmp_path, monkeypatch):
     assert lines[2]["gap_capped"] > 0.01 and "gap_limit is 0.01" in lines[2]["skipped"]
     assert all(line["gap_capped"] < 1e-4 for line in lines if line["step"] != 3)
     assert told(stderr) == [f"step 3 is skipped: {lines[2]['skipped']}"]
-    for name in WEIGHTS:
-        step = [(out / "checkpoints" / f"step-{n:06d}" / name).read_bytes() for n in (2, 3)]
-        assert step[0] == step[1]
+    assert_step_3_changed_nothing(out)
 
 
 def test_stale_weights_stop_all_updates_of_a_batch(good, tmp_path, monkeypatch):
@@ -370,9 +374,7 @@ def test_stale_weights_stop_all_updates_of_a_batch(good, tmp_path, monkeypatch):
     works("dipo", arguments(good, "dipo", out, *FAST, "updates=2"))
     lines = strict_records(out / "metrics.jsonl")
     assert [line["step"] for line in lines if "skipped" in line] == [3]
-    for name in WEIGHTS:
-        step = [(out / "checkpoints" / f"step-{n:06d}" / name).read_bytes() for n in (2, 3)]
-        assert step[0] == step[1]
+    assert_step_3_changed_nothing(out)
 
 
 def test_an_engine_that_never_takes_the_weights_ends_the_run(good, tmp_path, monkeypatch):
