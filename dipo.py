@@ -103,6 +103,7 @@ from masking import HOLD, Packed, pack, replay
 from model import choose_block_size, load_for_training
 from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
 from plumbing.common import DataOrder, Stopwatch, progress
+from plumbing.gpu import check_memory, reshard, to_engine, to_trainer
 from plumbing.guard import Guard, noted, together
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
@@ -449,6 +450,7 @@ def score_rows(
         old = policy.score(packed, how).logprobs if config.updates > 1 else None
         of_reference = reference.score(packed, how).logprobs if reference is not None else None
         rows.append(Row(packed, old, of_reference))
+    reshard(policy, reference)  # else embedding and head stay gathered, the reference's for good
     return rows
 
 
@@ -535,6 +537,7 @@ def main(config: DiPOConfig) -> None:
     tokenizer = load_tokenizer(folder.weights)
 
     # The policy, sharded over the ranks by FSDP2 under torchrun, and perhaps the reference of the KL.
+    check_memory(config, folder.base)
     policy = load_for_training(folder.base, device, config)
     block_size, mask_id = choose_block_size(config.block_size, policy.config), tokenizer.mask_token_id
     reference = None
@@ -567,7 +570,7 @@ def main(config: DiPOConfig) -> None:
 
         with watch("train"):
             # The engine gives its memory (weights and cache) to the trainer.
-            metrics["gib_given_back"] = engine.sleep() / 2**30
+            metrics |= to_trainer(engine)
 
             # Replay every decision as the decoder saw it, in packed rows dealt out evenly to the ranks.
             packs = [p.to(device) for p in pack_groups(groups, config, block_size, mask_id)]
@@ -588,10 +591,9 @@ def main(config: DiPOConfig) -> None:
                     optimizer.step()
                 optimizer.zero_grad()
 
-        # The engine gets the new weights, in place.
+        # The trainer gives back all but weights and moments; the engine gets the new weights, in place.
         with watch("update_weights"):
-            engine.update_weights(named_weights(policy))
-            engine.wake()
+            metrics |= to_engine(engine, named_weights(policy))
         if due(config.eval_every, step, config.steps):
             with watch("evaluate"):
                 metrics |= evaluate_now(

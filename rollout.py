@@ -42,6 +42,7 @@ from plumbing.checkpoint import (
     check_weights,
     encode_prompt,
     find_folder,
+    gather_into,
     is_block_diffusion,
     load_tokenizer,
     read_config,
@@ -49,6 +50,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.common import InputError, run_script, tell
 from plumbing.config import Parser, readable
+from plumbing.gpu import rest, used_bytes
 from plumbing.guard import together
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.ranks import gather, rank_and_world
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
 
     from model import BlockDiffusion
     from plumbing.config import Rule
-
 
 RESENDS = 3  # of the weights to an engine that lost them, without any rollout in between
 
@@ -323,16 +324,14 @@ class TorchEngine:
         own = self.model.state_dict()
         shapes = {name: list(tensor.shape) for name, tensor in own.items()}
         for name, tensor in check_weights(tensors, shapes, self.model.config.tie_word_embeddings):
-            own[name].copy_(tensor)
+            gather_into(own[name], tensor)
 
     def sleep(self) -> int:
         """Only the weights are kept between calls; they wait on the CPU."""
-        if self._device.type == "cpu":
-            return 0
-        before = torch.cuda.mem_get_info()[0]
+        before = used_bytes()
         self.model.to("cpu")
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0] - before
+        rest()
+        return before - used_bytes()
 
     def wake(self) -> None:
         """Bring the weights back."""

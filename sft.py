@@ -60,6 +60,7 @@ from model import BlockDiffusion, Sampling, choose_block_size, load_for_training
 from plumbing.balance import plan_ranks
 from plumbing.checkpoint import gathered, load_tokenizer, named_weights, prompt_and_response, stop_ids
 from plumbing.common import DataOrder, Stopwatch, progress, read_records
+from plumbing.gpu import check_memory, to_engine, to_trainer
 from plumbing.guard import Guard, noted
 from plumbing.lengths import fitting, fitting_questions
 from plumbing.ranks import micro_batches, rank_and_world, start_distributed, sum_over_ranks
@@ -180,6 +181,7 @@ def main(config: SFTConfig) -> None:
     rank, _, device = start_distributed()
     folder = RunFolder(config)
     tokenizer = load_tokenizer(folder.weights)
+    check_memory(config, folder.base)
     model = load_for_training(folder.base, device, config)  # FSDP2 shards it under torchrun
     block_size, mask_id = choose_block_size(config.block_size, model.config), tokenizer.mask_token_id
     optimizer = make_optimizer(model, config)
@@ -193,7 +195,7 @@ def main(config: SFTConfig) -> None:
         engine = make_engine(folder.weights, tokenizer, block_size, config, folder.engine_log)
         questions = read_questions(config.eval_data)[: config.eval_limit or None]
         questions = fitting_questions(questions, tokenizer, engine, config, config.eval_max_tokens)
-        engine.sleep()
+        to_trainer(engine)
 
     guard = Guard(config)  # over loss and gradient
     bar = progress(total=config.steps, initial=folder.step, desc="sft", unit="step", disable=rank > 0)
@@ -216,12 +218,9 @@ def main(config: SFTConfig) -> None:
         # The engine gets the new weights, generates, and sleeps again.
         if due(config.eval_every, step, config.steps):
             with watch("evaluate"):
-                engine.update_weights(named_weights(model))
-                engine.wake()
-                metrics |= evaluate_now(
-                    engine, tokenizer, questions, config, weights=lambda: named_weights(model)
-                )
-                engine.sleep()
+                metrics |= to_engine(engine, named_weights(model))
+                metrics |= evaluate_now(engine, tokenizer, questions, config, lambda: named_weights(model))
+                to_trainer(engine)
 
         # On record.
         folder.log(step, metrics | watch.seconds)

@@ -1,26 +1,12 @@
 """Will it fit, and how long will a step take? Predicted before any GPU is rented.
 
-Memory of one GPU while it trains, as sft.py and dipo.py place it (FSDP2, a unit per decoder layer):
+What is planned is a command of sft.py or dipo.py, with the same fields: memory of one GPU, phase by phase
+(plumbing/gpu.py, which also refuses at the start of a run what cannot fit), and the time of the training
+part of a step. That is the model FLOPs of the packed rows (`forward_backward_flops`) over what the GPUs are
+assumed to reach; rollouts, and the transfer of weights, are not in it.
 
-    weights, gradients, moments   float32 (moments: `moments`), each 1 / ranks of the model; gradients
-                                  whole with `reduce_once`, if a step has several passes
-    gathered units                embedding and head, and two layers (one in use, one on its way), in `dtype`;
-                                  the largest unit's gradient in `dtype` and in float32 while it is reduced
-    kept activations              what the backward pass of one micro-batch of token_budget tokens needs
-    working memory                what comes on top at the worst moment: one layer's intermediate results
-    logits                        one chunk of what is scored (plumbing.kernels.SCORING_BYTES)
-
-and while it rolls out: weights and moments, the engine's copy of the weights and its key/value cache.
-
-The activations are not a formula. The network itself runs forward and backward on the meta device,
-where tensors have a shape and no memory, and `LiveBytes` adds up those that are alive; so the figure
-follows the code. It is that of the operators one by one: a compiled layer needs less.
-
-Time is the model FLOPs of the packed rows (`forward_backward_flops`) over what the GPUs are assumed to reach.
-Rollouts, and the transfer of weights, are not in it.
-
-    python benchmarks/memory.py model=8B ranks=8 token_budget=49152
-    python benchmarks/memory.py model=path/to/config.json gpu_gib=79 checkpointing=full
+    python benchmarks/memory.py dipo --config configs/sdar_8b_dipo.yaml model=8B ranks=8
+    python benchmarks/memory.py sft --config my.yaml model=path/to/checkpoint ranks=1 gpu_gib=79.1
 """
 
 from __future__ import annotations
@@ -28,25 +14,21 @@ from __future__ import annotations
 import json
 import math
 import sys
-import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3MoeConfig
+from transformers import PreTrainedConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import model as sdar
+from dipo import DiPOConfig
 from plumbing.common import InputError, run_script
-from plumbing.config import read_arguments, setting
-from plumbing.kernels import SCORING_BYTES, checkpoint_layers
-
-GIB = 2**30
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
+from plumbing.config import load_config, setting
+from plumbing.gpu import GIB, Job, cache_bytes_per_token, parameters, plan, problem
+from sft import SFTConfig
 
 
 def qwen3(
@@ -71,43 +53,41 @@ SHAPES = {
 
 
 @dataclass
-class PlanConfig:
-    """Fields of benchmarks/memory.py."""
+class Machine:
+    """Fields of benchmarks/memory.py beside those of the script."""
 
-    model: str = setting(
-        "8B", f"{', '.join(SHAPES)}, a config.json or a checkpoint folder", heading="Model and trajectories"
-    )
-    prompt: int = setting(1024, "tokens", above=0)
-    response: int = setting(8192, "tokens", above=0)
+    model: str = setting("8B", f"{', '.join(SHAPES)}, a config.json or a checkpoint folder", heading="Plan")
+    ranks: int = setting(8, "GPUs", above=0)
+    gpu_gib: float = setting(139.8, "memory of each; H200: 139.8, H100: 79.1", above=0, below=math.inf)
+    prompt_tokens: int = setting(1024, "of a question", above=0)
+    response_tokens: int = setting(0, "of a usual response, for the time; 0: the longest")
     tpf: float = setting(2.0, "tokens per forward of the rollouts", at_least=1)
-    block_size: int = setting(4, "tokens per block", above=0)
-    trajectories: int = setting(512, "per optimizer step, over all ranks", above=0)
-
-    ranks: int = setting(8, "GPUs", above=0, heading="Training, as in sft.py and dipo.py")
-    token_budget: int = setting(49152, "packed tokens per forward pass and rank", above=0)
-    checkpointing: Literal["none", "selective", "full"] = setting("full", "of the decoder layers")
-    dtype: Literal["float32", "bfloat16"] = setting("bfloat16", "of the computation; weights stay float32")
-    moments: Literal["float32", "bfloat16", "8bit"] = setting("float32", "of AdamW")
-    reduce_once: bool = setting(True, "a rank holds the whole gradient till the last pass of a step")
-    max_batch: int = setting(256, "answers that the engine of a rank generates at once", above=0)
-
-    gpu_gib: float = setting(139.0, "memory; H200: 139, H100: 79", above=0, below=math.inf, heading="GPU")
-    reserve_gib: float = setting(4.0, "CUDA context, NCCL, libraries, fragmentation", above=0, below=math.inf)
     tflops: float = setting(
         989.0, "dense peak in `dtype`; H100 and H200 in bfloat16: 989", above=0, below=math.inf
     )
-    utilisation: float = setting(0.4, "model FLOPs over that peak, without recomputation", above=0)
+    utilisation: float = setting(0.4, "model FLOPs over that peak, without recomputation", above=0, at_most=1)
 
     def check(self) -> None:
-        """Refuse what the bounds of single fields do not say.
+        """Refuse what the bounds of single fields do not say; data and checkpoints need not be there yet.
 
         Raises:
             InputError: naming the field.
         """
-        if self.tpf > self.block_size:
+        if self.tpf > (self.block_size or 4):
             raise InputError(f"config key tpf: {self.tpf}, expected at most block_size")
-        if self.utilisation > 1:
-            raise InputError(f"config key utilisation: {self.utilisation}, expected at most 1")
+
+
+@dataclass
+class SFTPlan(Machine, SFTConfig):
+    """A command of sft.py on some machine."""
+
+
+@dataclass
+class DiPOPlan(Machine, DiPOConfig):
+    """A command of dipo.py on some machine."""
+
+
+STAGES = {"sft": SFTPlan, "dipo": DiPOPlan}
 
 
 def model_config(name: str) -> PreTrainedConfig:
@@ -135,96 +115,6 @@ def model_config(name: str) -> PreTrainedConfig:
     return (Qwen3MoeConfig if "num_experts" in fields else sdar.SDARConfig)(**fields)
 
 
-def build(config: PreTrainedConfig, device: str, dtype: torch.dtype) -> sdar.BlockDiffusion:
-    """A network of that shape with random weights, in training mode; on `meta` without memory."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdar", dtype=dtype)
-    return model.train()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made while it is on: `now` alive, and at most (`peak`).
-
-    A storage counts once, from the operator that made it until nothing refers to it. What an operator
-    takes and gives back in between, such as the workspace of a kernel, is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._bytes: dict[int, int] = {}
-
-    def _note(self, tree: Any, ours: bool) -> None:
-        for tensor in tree_leaves(tree):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._bytes:
-                self._bytes[key] = storage.nbytes() if ours else 0
-                self.now += self._bytes[key]
-                weakref.finalize(storage, self._forget, key)
-        self.peak = max(self.peak, self.now)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._bytes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._note((args, kwargs), ours=False)  # what was there before, weights for example
-        out = func(*args, **(kwargs or {}))
-        self._note(out, ours=True)
-        return out
-
-
-class MetaRow:
-    """FlexAttention's stand-in: keeps q, k, v, the result and a float32 per row and head."""
-
-    def attend(self, module, q, k, v, scaling: float) -> torch.Tensor:
-        return ATTENTION(q, k, v, scale=scaling)[0].transpose(1, 2)
-
-
-def activation_bytes(
-    config: PreTrainedConfig, tokens: int, dtype: torch.dtype, checkpointing: str = "none"
-) -> tuple[int, int]:
-    """(kept, working) bytes of one packed row of `tokens` tokens; see the module docstring.
-
-    kept: alive after the forward pass. working: what is alive on top of it at the worst moment of
-    either pass. Gradients of weights are dropped at once, as FSDP2 does by sharding them.
-    """
-    experts = hasattr(config, "num_experts")  # their grouped products take bfloat16 only: scaled, then
-    model = build(config, "meta", torch.bfloat16 if experts else dtype)
-    scale = dtype.itemsize // model.dtype.itemsize
-    checkpoint_layers(model, checkpointing)
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with LiveBytes() as live:
-        out = model.model(input_ids=ids, position_ids=ids, use_cache=False, attention=MetaRow())
-        hidden = out.last_hidden_state
-        kept = live.now
-        hidden.backward(torch.empty_like(hidden))
-    return scale * kept, scale * (live.peak - kept)
-
-
-def parameters(config: PreTrainedConfig) -> dict[str, int]:
-    """Parameters in all, of one decoder layer, outside the layers, and in matrices one token meets.
-
-    The last is what FLOPs are counted from: of a mixture of experts the chosen ones, and no embedding.
-    """
-    c, d, q = config, config.hidden_size, config.num_attention_heads * config.head_dim
-    attention = 2 * d * q + 2 * d * c.num_key_value_heads * c.head_dim
-    norms = 2 * d + 2 * c.head_dim
-    experts = getattr(c, "num_experts", 0)
-    if experts:
-        one, chosen, router = 3 * d * c.moe_intermediate_size, c.num_experts_per_tok, d * experts
-    else:
-        one, experts, chosen, router = 3 * d * c.intermediate_size, 1, 1, 0
-    layer = attention + norms + experts * one + router
-    rest = c.vocab_size * d * (1 if c.tie_word_embeddings else 2) + d
-    used = c.num_hidden_layers * (attention + chosen * one + router)
-    return {"all": c.num_hidden_layers * layer + rest, "layer": layer, "rest": rest, "used": used}
-
-
 def forward_backward_flops(config: PreTrainedConfig, tokens: int, pairs: int, scored: int) -> int:
     """FLOPs that a training pass cannot do without: no recomputation, no invisible pairs.
 
@@ -246,73 +136,75 @@ def visible_pairs(block: torch.Tensor, block_size: int) -> int:
     return int(((block + 1) * block_size).sum())
 
 
-def packed_trajectory(prompt: int, response: int, tpf: float, block_size: int) -> tuple[int, int]:
-    """(tokens, visible pairs) of one trajectory in the packed layout; the views spread evenly."""
+def packed_sequence(prompt: int, response: int, views: float, block_size: int) -> tuple[int, int]:
+    """(tokens, visible pairs) of one sequence in the packed layout; `views` of each block of the response."""
     blocks = torch.arange(-(-(prompt + response) // block_size))
     generated = blocks[prompt // block_size :]
-    views = block_size / tpf  # of each block
     pairs = block_size * (visible_pairs(blocks, block_size) + views * visible_pairs(generated, block_size))
     return round(block_size * (len(blocks) + views * len(generated))), round(pairs)
 
 
-def predict(config: PlanConfig) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Bytes by part while training, bytes by part while rolling out, and figures of a step's time."""
-    shape = model_config(config.model)
-    size, dtype = parameters(shape), getattr(torch, config.dtype)
-    item = dtype.itemsize
-    moment = {"float32": 4, "bfloat16": 2, "8bit": 1}[config.moments]
-    sharded = config.ranks > 1 or config.dtype != "float32"  # one rank in float32 runs without FSDP2
-    largest = max(size["layer"], size["rest"])
-    tokens, pairs = packed_trajectory(config.prompt, config.response, config.tpf, config.block_size)
-    row = max(config.token_budget, tokens)
-    kept, working = activation_bytes(shape, row, dtype, config.checkpointing)
-    scored = row * config.response // tokens
-    whole = config.reduce_once and config.trajectories * tokens > config.ranks * row
-    logits = min(scored * shape.vocab_size * (item + 2 * 4), SCORING_BYTES)
-    weights = {
-        "weights, float32": 4 * size["all"] / config.ranks,
-        f"AdamW's moments, {config.moments}": 2 * moment * size["all"] / config.ranks,
-    }
-    training = weights | {
-        "gradients, float32": 4 * size["all"] / (1 if whole else config.ranks),
-        "gathered units": sharded * (item * (size["rest"] + 2 * size["layer"]) + (item + 4) * largest),
-        f"kept activations of {row:,} tokens": kept,
-        "working memory of a layer": working,
-        "logits": logits,  # in `dtype`, and two copies in float32
-    }
-    cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * item
-    answers = min(config.max_batch, -(-config.trajectories // config.ranks))
-    rollout = weights | {
-        f"the engine's weights, {config.dtype}": item * size["all"],
-        f"its cache for {answers} answers": cached * answers * (config.prompt + config.response),
-    }
-    flops = config.trajectories * forward_backward_flops(shape, tokens, pairs, config.response)
-    time = {
-        "packed tokens": config.trajectories * tokens,
+def planned_job(config: SFTPlan | DiPOPlan) -> Job:
+    """What gpu.plan needs to know; with LMDeploy as the engine, as on a GPU."""
+    longest = config.max_tokens
+    if isinstance(config, DiPOPlan):
+        longest += config.prompt_tokens
+    engine = "lmdeploy" if config.engine == "auto" else config.engine
+    return Job.of(config, model_config(config.model), config.ranks, longest, engine)
+
+
+def step_time(config: SFTPlan | DiPOPlan) -> dict[str, float]:
+    """Packed tokens, PFLOP and seconds of the training part of a step of usual responses."""
+    job, prompt = planned_job(config), config.prompt_tokens
+    response = config.response_tokens or job.longest - prompt
+    if isinstance(config, DiPOPlan):
+        sequences, views = config.groups * config.group_size, job.block_size / config.tpf
+    else:
+        sequences, views = config.batch_size, config.views
+    tokens, pairs = packed_sequence(prompt, response, views, job.block_size)
+    flops = sequences * forward_backward_flops(job.shape, tokens, pairs, response)
+    return {
+        "packed tokens": sequences * tokens,
         "PFLOP": flops / 1e15,
         "seconds": flops / (config.ranks * config.tflops * 1e12 * config.utilisation),
     }
-    return training, rollout, time
 
 
-def main(config: PlanConfig) -> None:
+def main(config: SFTPlan | DiPOPlan) -> None:
     """Print the parts, the verdict and the time."""
-    *phases, time = predict(config)
-    need = 0.0
-    print("| part, per GPU | phase | GiB |\n|---|---|---:|")
-    for phase, parts in zip(("training", "rollout"), phases, strict=True):
-        parts["reserve"] = config.reserve_gib * GIB
+    # Every part of every phase.
+    job, gpu_bytes, note = planned_job(config), config.gpu_gib * GIB, ""
+    print("| phase | part, per GPU | GiB |\n|---|---|---:|")
+    for phase, parts in plan(job, gpu_bytes).items():
         for name, size in parts.items():
-            print(f"| {name} | {phase} | {size / GIB:.2f} |")
+            print(f"| {phase} | {name} | {size / GIB:.2f} |")
         print(f"| **{phase}** | | **{sum(parts.values()) / GIB:.2f}** |")
-        need = max(need, sum(parts.values()) / GIB)
-    verdict = "fits" if need <= config.gpu_gib else "does not fit"
-    print(f"\n{config.model}, {config.ranks} GPUs: {verdict} in {config.gpu_gib:g} GiB (needs {need:.1f}).")
+        if "engine: cache" in parts:
+            tokens = parts["engine: cache"] / cache_bytes_per_token(job.shape, 2)
+            note = f"\nThe cache holds {tokens:,.0f} tokens, {tokens / job.longest:.0f} full responses."
+
+    # The verdict.
+    print(note)
+    reason = problem(job, gpu_bytes)
+    verdict = f"does not fit: {reason}" if reason else "fits"
+    print(f"\n{config.model}, {config.ranks} GPUs of {config.gpu_gib:g} GiB: {verdict}.")
+    time = step_time(config)
     print(
         f"Training part of a step: {time['packed tokens']:,} packed tokens, {time['PFLOP']:,.1f} PFLOP, "
         f"{time['seconds']:.1f} s at {100 * config.utilisation:.0f} % of {config.tflops:g} TFLOP/s per GPU."
     )
 
 
+def parse(argv: list[str]) -> SFTPlan | DiPOPlan:
+    """The config of the stage that the first argument names.
+
+    Raises:
+        InputError: another name, or a bad field.
+    """
+    if not argv or argv[0] not in STAGES and argv[0] not in ("-h", "--help"):
+        raise InputError(f"{argv[0] if argv else 'no argument'}: expected sft or dipo first, then its fields")
+    return load_config(STAGES.get(argv[0], DiPOPlan), argv[1:] if argv[0] in STAGES else argv)
+
+
 if __name__ == "__main__":
-    run_script(main, read_arguments(PlanConfig))
+    run_script(lambda argv: main(parse(argv)), sys.argv[1:])

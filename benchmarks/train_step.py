@@ -45,6 +45,7 @@ from layout import log_normal, random_trajectory, read_rollouts, rounds
 
 import model as sdar
 from masking import Packed, block_mask, pack, replay
+from plumbing import gpu
 from plumbing.checkpoint import gathered
 from plumbing.common import InputError, run_script, write_json
 from plumbing.config import Parser
@@ -200,7 +201,7 @@ def count_step(bench: Bench, side: Side) -> tuple[int, int]:
     moments = [t for state in bench.optimizer.state.values() for t in state.values()]
     held = sum(t.nbytes for t in [*bench.model.parameters(), *moments])
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    with counter, memory.LiveBytes() as live:
+    with counter, gpu.LiveBytes() as live:
         training_step(bench, side)
     return held + live.peak, counter.get_total_flops()
 
@@ -235,7 +236,7 @@ def measure(bench: Bench, case: str, rollouts: list[Rollout], sides: list[Side])
             "tflop": needed / 1e12,
             "flop_done": done[i] and done[i] / needed,
         }
-        line |= {"seconds": seconds, "peak_gib": peaks[i] / memory.GIB}
+        line |= {"seconds": seconds, "peak_gib": peaks[i] / gpu.GIB}
         line["tokens_per_second"] = sum(len(r.response_ids) for r in rollouts) / seconds
         line["utilisation"] = needed / seconds / bench.peak_flops
         line["gradient_difference"] = differences[i]
@@ -299,7 +300,7 @@ def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
     config, cuda = memory.model_config(shape), options.device == "cuda"
     torch.manual_seed(0)
     torch.compiler.reset()  # every shape has the whole recompile limit
-    model = memory.build(config, options.device, torch.float32)
+    model = gpu.build(config, options.device, torch.float32)
     bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, PEAK_FLOPS)
     kept = "float32"
     if cuda:
@@ -309,7 +310,7 @@ def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
         check_exact(model, bench.published(short, "", "dense"), [bench.packed(short)], 1e-3)
         torch.compiler.reset()
         room = torch.cuda.get_device_properties(0).total_memory
-        if 16 * memory.parameters(config)["all"] < 0.6 * room:
+        if 16 * gpu.parameters(config)["all"] < 0.6 * room:
             shard(model, "bfloat16")  # FSDP2 on one GPU: mixed precision
         else:
             model.to(torch.bfloat16)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -159,6 +160,22 @@ def own_slice(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor made whole from its shards (a collective call), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def gather_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy a tensor into `place`, in that dtype; of a sharded one the slices of all ranks, a collective call.
+
+    Slices of equal size, which is the rule, arrive where they belong: nothing but this rank's own slice is
+    copied on the way. Others are gathered beside `place` first.
+    """
+    if not isinstance(tensor, DTensor):
+        place.copy_(tensor)
+    elif len(tensor) % tensor.device_mesh.size():
+        place.copy_(tensor.to(place.dtype).full_tensor())
+    else:
+        own = tensor.to_local().to(place.device, place.dtype).contiguous()
+        dist.all_gather_into_tensor(place, own, group=tensor.device_mesh.get_group())
 
 
 def as_published(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -371,12 +388,12 @@ def _problem_of_turns(turns: list[dict[str, Any]]) -> str:
 
 
 def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what a checkpoint holds, one by one; call on every rank.
+    """(name, tensor) of what an engine computes with, one by one, for `gather_into`: sharded as they are.
 
-    Each is gathered from its shards, and the product of its adapter is added.
+    The product of a tensor's adapter is added.
     """
     for name, parameter in base_parameters(model):
-        yield name, _gathered_weight(model, name, parameter)
+        yield name, _with_adapter(model, name, parameter.detach())
 
 
 def check_weights(
@@ -406,8 +423,8 @@ def check_weights(
         raise ValueError(f"weight update: missing tensor {min(expected)}")
 
 
-def _gathered_weight(model: torch.nn.Module, name: str, parameter: torch.Tensor) -> torch.Tensor:
-    tensor, delta = gathered(parameter.detach()), delta_weight(model, name)
+def _with_adapter(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    delta = delta_weight(model, name)
     return tensor if delta is None else tensor + delta.to(tensor.dtype)
 
 
@@ -481,7 +498,7 @@ def save(
         mine: dict[str, torch.Tensor] = {}
         for number, part in enumerate(parts[start : start + ranks]):
             for name, parameter in part:
-                tensor = _gathered_weight(model, name, parameter)
+                tensor = _with_adapter(model, name, gathered(parameter.detach()))
                 check_finite(name, tensor, folder)
                 for published, view, _ in as_published(name, tensor):
                     weight_map[published] = names[start + number]

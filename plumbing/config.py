@@ -340,6 +340,9 @@ class TrainConfig:
     cpu_offload: bool = setting(
         False, "weights, gradients and moments wait in the host's memory", may_change=True
     )
+    check_memory: bool = setting(
+        True, "refuse at the start what needs more memory than the GPU has", may_change=True
+    )
 
     save_every: int = setting(
         0, "steps between checkpoints; 0: only the last", heading="Checkpoints and logs", may_change=True
@@ -361,7 +364,7 @@ class TrainConfig:
     engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
     max_batch: int = setting(256, "responses that the engine generates at once", above=0, may_change=True)
     cache_gib: float = setting(
-        0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory", may_change=True
+        0.0, "lmdeploy's key/value cache; 0: what weights, moments and the engine leave", may_change=True
     )
 
     def check(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import mmap
 import os
 import socket
@@ -19,17 +20,27 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from plumbing.checkpoint import TensorFiles, as_published, check_weights, find_folder
+from plumbing.checkpoint import TensorFiles, as_published, check_weights, find_folder, gather_into
 from plumbing.common import AT_END, ROOT, InputError, tell, writing
+from plumbing.gpu import (
+    BUCKET_BYTES,
+    CACHE_PAGE,
+    GIB,
+    cache_bytes_per_token,
+    engine_workspace,
+    rest,
+    room_for_cache,
+    used_bytes,
+)
 
 LMDEPLOY_VERSION = "0.18.0"  # lmdeploy_child.py replaces private methods of this version
 MESSAGES = {"done": 2, "alive": 2, "rollout": 3, "error": 2}  # what it says, and in how many parts
 READ_SECONDS = 60  # for the rest of a message that has begun
-BUCKET_BYTES = 2**30  # weights travel to the subprocess in pieces of this size
 
 
 class _ChildDied(Exception):
@@ -89,12 +100,14 @@ class LMDeployProcess:
         Args:
             checkpoint: folder in the Hugging Face layout, or a hub id.
             block_size: 0 for an autoregressive model.
-            cache_gib: key/value cache; 0: 40 % of what is free on the GPU now.
+            cache_gib: key/value cache; 0: what `gpu.room_for_cache` finds, at most for max_batch
+                responses of full length.
             log: what the subprocess prints goes to the end of this file.
             options: further fields of LMDeploy's PytorchEngineConfig.
 
         Raises:
-            InputError: another version of LMDeploy, or the engine cannot start (its log is shown).
+            InputError: another version of LMDeploy, no room for a cache, or the engine cannot start (its
+                log is shown).
         """
         # What the child is told, and what weights it will expect.
         problem = lmdeploy_problem()
@@ -106,17 +119,13 @@ class LMDeployProcess:
         self.config = json.loads((self.checkpoint / "config.json").read_text())
         self.positions = self.config["max_position_embeddings"]
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._settings = {
-            "checkpoint": str(self.checkpoint.absolute()),
-            "block_size": block_size,
-            "mask_id": mask_id,
-            "setup": self.setup,
-            "options": self._engine_options(max_batch, cache_gib) | (options or {}),
-        }
         files = TensorFiles(self.checkpoint, "model")
         self._shapes = {name: files.shape(name) for name in files.parts}
         if not self._shapes:
             raise InputError(f"{checkpoint}: no weights, expected model*.safetensors")
+        self.max_batch, self.cache_gib, self._options = max_batch, cache_gib, options or {}
+        self._settings = {"checkpoint": str(self.checkpoint.absolute()), "setup": self.setup}
+        self._settings |= {"block_size": block_size, "mask_id": mask_id}
 
         # The state of the subprocess, as far as this side knows it.
         self._memory = os.memfd_create("weights")  # shared memory without a name: nothing to leave behind
@@ -132,28 +141,49 @@ class LMDeployProcess:
             self._kill()
             self._give_up(f"the rollout process did not start ({reason})")
 
-    def _engine_options(self, max_batch: int, cache_gib: float) -> dict[str, Any]:
-        page = 64  # tokens of a cache block, LMDeploy's default
+    def _engine_options(self) -> dict[str, Any]:
         return {
             "dtype": self.dtype,
-            "max_batch_size": max_batch,
+            "max_batch_size": self.max_batch,
             "session_len": self.positions,
-            "block_size": page,
-            "num_gpu_blocks": self._cache_bytes(cache_gib) // (page * self._bytes_per_token()),
-            "cudagraph_capture_batch_sizes": _batch_sizes(max_batch),
+            "block_size": CACHE_PAGE,
+            "num_gpu_blocks": self._pages(),
+            "cudagraph_capture_batch_sizes": _batch_sizes(self.max_batch),
         }
 
-    def _cache_bytes(self, gib: float) -> int:
-        free = torch.cuda.mem_get_info()[0] if self.device is not None else 2**30
-        return int(gib * 2**30) or int(0.4 * free)
+    def _pages(self) -> int:
+        """Blocks of the cache, from what is free on the GPU now, the trainer being at rest.
 
-    def _bytes_per_token(self) -> int:
+        Raises:
+            InputError: there is no room for a response of full length.
+        """
+        # What one page holds, and what is left for them all.
         c = self.config
         head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        values = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * head_dim
-        return values * getattr(torch, self.dtype).itemsize
+        shape = SimpleNamespace(**c | {"head_dim": head_dim})
+        page = CACHE_PAGE * cache_bytes_per_token(shape, getattr(torch, self.dtype).itemsize)
+        room = self.cache_gib * GIB
+        if not room and self.device is None:
+            room = GIB
+        if not room:
+            rest()
+            sizes = [math.prod(shape) for shape in self._shapes.values()]
+            workspace = engine_workspace(c["vocab_size"], self.max_batch * self.block_size)
+            free = torch.cuda.mem_get_info()[0]
+            room = room_for_cache(free, 2 * sum(sizes), workspace, max(sizes))
+
+        # Not more than all requests can fill, not less than one needs.
+        most = -(-self.positions // CACHE_PAGE)  # of one request
+        pages = min(int(room // page), self.max_batch * most)
+        if pages < 1:
+            raise InputError(
+                f"config key max_batch: {self.max_batch}, and no room is left on the GPU for the engine's "
+                f"cache ({room / GIB:.1f} GiB); expected fewer, or cache_gib"
+            )
+        return pages
 
     def _start(self) -> None:
+        settings = self._settings | {"options": self._engine_options() | self._options}
         ours, theirs = socket.socketpair()
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", READ_SECONDS, 0))
         self._connection = Connection(ours.detach())
@@ -172,7 +202,7 @@ class LMDeployProcess:
                 start_new_session=True,  # Ctrl-C is the parent's affair
             )
         self._asleep, self._lost = set(), self._own_weights
-        self._send(self._settings)
+        self._send(settings)
         self._receive(self.start_seconds)
 
     def _give_up(self, reason: str) -> None:
@@ -200,7 +230,8 @@ class LMDeployProcess:
 
         Raises:
             _ChildDied: it is gone, or said nothing for so many seconds.
-            RuntimeError: it reports an error; its traceback.
+            InputError: it is out of GPU memory.
+            RuntimeError: it reports another error; its traceback.
         """
         try:
             message = self._connection.recv() if self._connection.poll(seconds) else None
@@ -214,6 +245,12 @@ class LMDeployProcess:
             raise _ChildDied("its message is garbled")
         if message[0] == "error":
             self._kill()
+            if "OutOfMemoryError" in message[1]:
+                raise InputError(
+                    f"config key cache_gib: {self.cache_gib}: the rollout process is out of GPU memory, of "
+                    f"which {used_bytes() / GIB:.1f} GiB are used without it; expected a smaller cache_gib "
+                    f"or max_batch; its log is {self.log}"
+                )
             raise RuntimeError(f"in the rollout process:\n{message[1]}")
         return message
 
@@ -287,8 +324,8 @@ class LMDeployProcess:
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrite the weights in place, a bucket at a time; a sleeping engine takes memory for them.
 
-        The iterator is read to its end even if the subprocess dies, since every rank takes part in
-        gathering it; the engine then starts again and wants the weights again (`rollout.generate_all`).
+        Everything is gathered even if the subprocess dies, since every rank takes part in that; the engine
+        then starts again and wants the weights again (`rollout.generate_all`).
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape than in the checkpoint.
@@ -304,8 +341,8 @@ class LMDeployProcess:
         except _ChildDied as reason:
             bucket.fail(reason)
         tied = self.config.get("tie_word_embeddings")
-        for name, tensor in check_weights(_published(tensors), self._shapes, tied):
-            bucket.add(name, tensor)
+        for name, view in check_weights(bucket.published(tensors), self._shapes, tied):
+            bucket.add(name, view)
         bucket.flush(last=True)
         self._lost = bucket.failed
 
@@ -344,7 +381,8 @@ class _Bucket:
     """Tensors on their way to the subprocess: one flat piece of memory that both can see.
 
     On the GPU it is a tensor shared by CUDA IPC, on the CPU anonymous shared memory. It grows to the
-    largest single tensor if that is larger than BUCKET_BYTES.
+    largest single parameter if that is larger than BUCKET_BYTES. Slices of all ranks are gathered right
+    into it, so an update takes no more than this.
     """
 
     def __init__(self, engine: LMDeployProcess):
@@ -354,21 +392,27 @@ class _Bucket:
         self.tensors: list[tuple[str, tuple[int, ...], int]] = []  # name, shape, offset in bytes
         self.used = 0
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor in; what is there goes out first if there is no room."""
-        if self.failed:
-            return
-        size = tensor.numel() * self.dtype.itemsize
-        if self.used + size > len(self.memory):
-            self.flush()
-            if size > len(self.memory):
-                self._grow(max(size, BUCKET_BYTES))
-        if self.failed:
-            return
-        place = self.memory[self.used : self.used + size]
-        place.view(self.dtype).view(tensor.shape).copy_(tensor)
-        self.tensors.append((name, tuple(tensor.shape), self.used))
-        self.used += -(-size // 16) * 16
+    def published(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters as they come, gathered into the bucket, as views under the names of checkpoints.
+
+        What is there goes out first if there is no room.
+        """
+        for name, tensor in tensors:
+            size = tensor.numel() * self.dtype.itemsize
+            if self.used + size > len(self.memory):
+                self.flush()
+                if size > len(self.memory):
+                    self._grow(max(size, BUCKET_BYTES))
+            place = self.memory[self.used : self.used + size].view(self.dtype).view(tensor.shape)
+            gather_into(place, tensor)
+            self.used += -(-size // 16) * 16
+            for published, view, _ in as_published(name, place):
+                yield published, view
+            del place, view  # else they would keep a bucket that a larger one replaces
+
+    def add(self, name: str, view: torch.Tensor) -> None:
+        """Have a view of the bucket sent under this name."""
+        self.tensors.append((name, tuple(view.shape), view.storage_offset() * view.itemsize))
 
     def _grow(self, size: int) -> None:
         handle, self.memory = None, torch.empty(0, dtype=torch.uint8)  # the smaller one goes first
@@ -405,13 +449,6 @@ class _Bucket:
         """The subprocess died: nothing more is sent."""
         self.failed = True
         self.engine._died(reason)
-
-
-def _published(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters under the names and in the shapes of published checkpoints."""
-    for name, tensor in tensors:
-        for published, view, _ in as_published(name, tensor):
-            yield published, view
 
 
 def _batch_sizes(largest: int) -> list[int]:

@@ -307,14 +307,12 @@ class RunFolder:
             for name, parameter in trained(model):
                 parameter.data.copy_(adapters.slice(name, 0, len(parameter)))
         for name, parameter in trained(model):
-            state = {key: torch.zeros_like(parameter) for key in MOMENTS}
-            for key, tensor in state.items():
-                part, first = own_slice(tensor)
+            state = optimizer.state[parameter]
+            for key in MOMENTS:
+                part, first = own_slice(state[key])
                 if len(part):
                     part.copy_(moments.slice(f"{name}.{key}", first, first + len(part)))
-            home = parameter.device if optimizer.defaults["fused"] else "cpu"
-            step = moments.slice("step", 0, 1)[0].to(home, copy=True)
-            optimizer.state[parameter] = state | {"step": step}
+            state["step"].copy_(moments.slice("step", 0, 1)[0])
 
     def _drop_old_checkpoints(self) -> None:
         """Except the one that the run goes on from: an engine that dies is started again with its files."""
@@ -401,15 +399,24 @@ def trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained."""
-    parameters = [p for _, p in trained(model)]
-    return torch.optim.AdamW(
-        parameters,
+    """AdamW over what is trained, with its moments: zeros.
+
+    By itself it would make them at the first step, in the memory that activations had then, which could not
+    be given back to the rollout engine any more (plumbing/gpu.py).
+    """
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(
+        [p for _, p in trained(model)],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
-        fused=torch.cuda.is_available() or None,
+        fused=fused or None,
     )
+    for _, parameter in trained(model):
+        state = {key: torch.zeros_like(parameter) for key in MOMENTS}
+        step = torch.zeros((), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = {"step": step} | state
+    return optimizer
 
 
 def lr_at(config: TrainConfig, update: int, total: int) -> float:

@@ -19,8 +19,9 @@ from conftest import Trainer, rollout_of
 import model
 from dipo import DiPOConfig, Group, pack_groups, sample_groups
 from masking import pack, replay
-from plumbing.checkpoint import gathered, named_weights, read_copied, save
+from plumbing.checkpoint import gather_into, gathered, named_weights, read_copied, save
 from plumbing.config import load_config
+from plumbing.gpu import LiveBytes
 from plumbing.ranks import gather, start_distributed
 from reward import Question
 from sft import Example, SFTConfig
@@ -48,7 +49,7 @@ class Case:
     def add(self, metrics: dict, sizes: list[list[int]]) -> None:
         """Record a finished step; `sizes`: (sequences, tokens) of each of this rank's rows."""
         trainer = self.trainer
-        weights = {n: t.detach().clone() for n, t in named_weights(trainer.model)}
+        weights = {n: gathered(t).clone() for n, t in named_weights(trainer.model)}
         self.record.append(
             {
                 "metrics": metrics,
@@ -141,6 +142,12 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
         record["logprobs"] = network.score(packed, model.Sampling()).logprobs.detach()
         record["buffers"] = {n: b.cpu() for n, b in network.named_buffers()}
         record["weights"] = {n: gathered(p.detach()).clone() for n, p in network.named_parameters()}
+        record["sent"], record["extra"] = {}, {}
+        for name, tensor in named_weights(network):
+            place = torch.empty(tensor.shape, dtype=torch.bfloat16)
+            with LiveBytes() as live:
+                gather_into(place, tensor)
+            record["sent"][name], record["extra"][name] = place, live.peak / place.nbytes
         save(network, out, read_copied(folder), rank, world, file_bytes)
     return record
 

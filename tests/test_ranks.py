@@ -215,6 +215,13 @@ def test_ranks_that_read_their_own_slices_hold_what_from_pretrained_does(kinds, 
             assert found.keys() == wanted[part].keys()
             assert all(torch.equal(found[n], tensor) for n, tensor in wanted[part].items()), part
         assert torch.allclose(records[name]["logprobs"], wanted["logprobs"], rtol=1e-5, atol=1e-6)
+        # Gathered for the engine, in its dtype, where it lies: nothing but the own slice is copied.
+        sent, extra = records[name]["sent"], records[name]["extra"]
+        assert sent.keys() == wanted["weights"].keys()
+        for n, tensor in wanted["weights"].items():
+            assert torch.equal(sent[n], tensor.bfloat16()), n
+            assert len(tensor) % ranks or extra[n] <= 1 / ranks, n
+        assert any(len(tensor) % ranks == 0 for tensor in sent.values())
         # Written in several files, by all ranks, it is the checkpoint that it was.
         saved = tmp_path / name
         assert len(list(saved.glob("model-*"))) > ranks
