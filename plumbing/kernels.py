@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -33,9 +34,14 @@ SCORING_BYTES = 2**30  # that ScoreChunks may take for the logits of a chunk and
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """logits / temperature, in float32 at least; no copy that is not needed (they are the largest thing)."""
+    """logits / temperature, in float32 at least; no copy that is not needed (they are the largest thing).
+
+    Compiled, a copy costs nothing, and the result is never the argument itself: what is then done to it in
+    place would be written back (and torch 2.11 for CPUs reads such an argument after it was written to).
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1.0 else logits / temperature
+    in_place = temperature == 1.0 and not torch.compiler.is_compiling()
+    return logits if in_place else logits / temperature
 
 
 def log_normalizer(shifted_exp: torch.Tensor) -> torch.Tensor:
@@ -70,7 +76,7 @@ class ScoreChunks(torch.autograd.Function):
         reveal v   d l / d logits = (onehot(v) - p) / T
         hold       d l / d logits = (p [log p < bound] / h - p) / T
 
-    Chunks have one size, so that both passes run the same kernels and log p < bound falls the same way.
+    Both passes cut the same chunks, so that they run the same kernels and log p < bound falls the same way.
     """
 
     @staticmethod
@@ -84,15 +90,20 @@ class ScoreChunks(torch.autograd.Function):
         """
         # Bytes of a logit, as measured: it and its gradient where kernels are fused, else float32 copies.
         each = 2 * hidden.element_size() if hidden.is_cuda else 10
-        chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
-        ctx.size, ctx.temperature, ctx.log_floor = -(-len(hidden) // chunks), temperature, log_floor
+        ctx.chunks = -(-len(hidden) * len(weight) * each // SCORING_BYTES)
+        ctx.temperature, ctx.log_floor = temperature, log_floor
+
+        # A reveal holds no draw. Whether there are any holds is not asked on CUDA: the answer would have to
+        # be waited for, and comparing costs nothing in a fused kernel.
         held = targets < 0
-        bounds = torch.where(held, bounds, -torch.inf) if held.any() else None  # a reveal holds no draw
-        score = _compiled(_score_chunk) if hidden.is_cuda else _score_chunk
+        bounds = torch.where(held, bounds, -torch.inf)
+        bounds = bounds if hidden.is_cuda or held.any() else None
+
+        score = _fused(_score_chunk, hidden)
         scored = []
-        for at in _slices(len(hidden), ctx.size):
-            hold = None if bounds is None else bounds[at]
-            scored.append(score(hidden[at] @ weight.T, targets[at], hold, temperature, log_floor))
+        for at in _slices(len(hidden), ctx.chunks):
+            target, hold = _cut(targets, at), _cut(bounds, at)
+            scored.append(score(hidden[at] @ weight.T, target, hold, temperature, log_floor))
         logprobs, entropy, best, norm = (torch.cat(t) for t in zip(*scored, strict=True))
         ctx.save_for_backward(hidden, weight, targets, bounds, logprobs, best, norm)
         ctx.mark_non_differentiable(entropy)
@@ -105,12 +116,11 @@ class ScoreChunks(torch.autograd.Function):
         slope = torch.where(logprobs > ctx.log_floor, slope / ctx.temperature, 0)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        differentiate = _compiled(_score_chunk_gradient) if hidden.is_cuda else _score_chunk_gradient
-        for at in _slices(len(hidden), ctx.size):
-            hold = None if bounds is None else bounds[at]
-            normalizer = best[at], norm[at]
+        differentiate = _fused(_score_chunk_gradient, hidden)
+        for at in _slices(len(hidden), ctx.chunks):
+            hold, normalizer = _cut(bounds, at), (_cut(best, at), _cut(norm, at))
             gradient = differentiate(
-                hidden[at] @ weight.T, hold, logprobs[at], normalizer, slope[at], ctx.temperature
+                hidden[at] @ weight.T, hold, _cut(logprobs, at), normalizer, _cut(slope, at), ctx.temperature
             )  # [size, V]
             held, target = targets[at, None] < 0, targets[at, None].clamp(min=0)
             of_revealed = -(slope * logprobs.expm1())[at, None].to(gradient.dtype)  # slope * (1 - p)
@@ -135,8 +145,20 @@ def in_chunks(function: Callable, tensors: list[torch.Tensor], chunks: int) -> t
     return tuple(torch.cat(t) for t in zip(*results, strict=True))
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+def _slices(length: int, chunks: int) -> list[slice]:
+    """Of sizes that differ by one at most: a last chunk of a single row would be a case of its own."""
+    edges = [length * i // chunks for i in range(chunks + 1)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
+
+
+def _cut(tensor: torch.Tensor | None, at: slice) -> torch.Tensor | None:
+    """A copy of a slice: torch.compile has other graphs for tensors that begin inside another one."""
+    return None if tensor is None else tensor[at].clone()
+
+
+def _fused(function: Callable, tensor: torch.Tensor) -> Callable:
+    """`function`, compiled if it is for tensors on CUDA: once for the first size, once more for all sizes."""
+    return _compiled(function) if tensor.is_cuda else function
 
 
 @functools.cache

@@ -471,18 +471,49 @@ def test_compiled_scoring_equals_eager(dtype, holds):
         logits = (problem.hidden @ problem.head.T).detach()
         bounds = torch.where(problem.some_held == HOLD, problem.bounds, -math.inf) if holds else None
         targets = problem.some_held if holds else problem.targets
-        eager, compiled = (
-            f(logits.clone(), targets, bounds, 1.0, sdar.LOG_FLOOR)
-            for f in (kernels._score_chunk, kernels._compiled(kernels._score_chunk))
-        )
+        given = logits.clone()
+        eager = kernels._score_chunk(logits.clone(), targets, bounds, 1.0, sdar.LOG_FLOOR)
+        compiled = kernels._compiled(kernels._score_chunk)(given, targets, bounds, 1.0, sdar.LOG_FLOOR)
         for a, b in zip(eager, compiled, strict=True):
             assert torch.allclose(a, b, atol=2e-5)
         parts = (bounds, eager[0], eager[2:], problem.weights, 1.0)
-        eager, compiled = (
-            f(logits.clone(), *parts)
-            for f in (kernels._score_chunk_gradient, kernels._compiled(kernels._score_chunk_gradient))
-        )
+        eager = kernels._score_chunk_gradient(logits.clone(), *parts)
+        compiled = kernels._compiled(kernels._score_chunk_gradient)(given, *parts)
+        assert torch.equal(given, logits), "compiled, nothing is written into what was given"
         assert torch.allclose(eager, compiled, atol=1e-5, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_scoring_is_compiled_twice_whatever_the_sizes(monkeypatch, holds):
+    """Once for the first size of a chunk, once for every other: torch gives up after 8."""
+    torch._dynamo.reset()
+    counters = {}
+
+    def compiled(function, _):
+        counter = counters.setdefault(function, CompileCounterWithBackend("aot_eager"))
+        return torch.compile(function, backend=counter)
+
+    vocabulary, at_once = 50, 7
+    few_logits_at_once(monkeypatch, vocabulary, at_once)
+    for scored in (20, 36, 11, at_once + 1, 2 * at_once + 1, 3, at_once, 29, 50):
+        problem = scoring.Problem(scored, vocabulary, 8, torch.float32, "cpu")
+        targets = problem.some_held if holds else problem.targets
+        wanted = problem.gradients(lambda p=problem, t=targets: p.plain(t))
+        with monkeypatch.context() as on_cuda:
+            on_cuda.setattr(kernels, "_fused", compiled)
+            found = problem.gradients(lambda p=problem, t=targets: p.model(t))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    graphs = [counter.frame_count for counter in counters.values()]
+    assert graphs == [2, 2], "forward and backward"
+
+
+@pytest.mark.parametrize(("length", "chunks"), [(11, 1), (11, 4), (15, 2), (8, 8), (12, 5)])
+def test_chunks_have_one_size(length, chunks):
+    """Or differ by one; a last one of a single row would be one more case to compile."""
+    slices = kernels._slices(length, chunks)
+    assert [i for s in slices for i in range(length)[s]] == list(range(length))
+    sizes = [s.stop - s.start for s in slices]
+    assert len(sizes) == chunks and max(sizes) - min(sizes) <= 1
 
 
 def test_score_is_score_logits_of_what_is_scored(tiny_model):
