@@ -171,6 +171,8 @@ def gather_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
     """
     if not isinstance(tensor, DTensor):
         place.copy_(tensor)
+    elif tensor.device_mesh.size() == 1:
+        place.copy_(tensor.to_local())
     elif len(tensor) % tensor.device_mesh.size():
         place.copy_(tensor.to(place.dtype).full_tensor())
     else:

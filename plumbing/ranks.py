@@ -101,8 +101,10 @@ def shard(model: torch.nn.Module, dtype: str, cpu_offload: bool = False) -> None
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():  # one process: FSDP2 still does the mixed precision
         dist.init_process_group(BACKEND if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    # Left to itself FSDP2 would cast what `score` is given too: bounds of holds, in the middle of a row.
+    mixed = MixedPrecisionPolicy(getattr(torch, dtype), torch.float32, cast_forward_inputs=False)
     policy = {
-        "mp_policy": MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32),
+        "mp_policy": mixed,
         "offload_policy": CPUOffloadPolicy(pin_memory=cuda) if cpu_offload else OffloadPolicy(),
     }
     for layer in model.model.layers:

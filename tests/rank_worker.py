@@ -18,7 +18,7 @@ from conftest import Trainer, rollout_of
 
 import model
 from dipo import DiPOConfig, Group, pack_groups, sample_groups
-from masking import pack, replay
+from masking import HOLD, Packed, noise, pack, replay
 from plumbing.checkpoint import gather_into, gathered, named_weights, read_copied, save
 from plumbing.config import load_config
 from plumbing.gpu import LiveBytes
@@ -152,10 +152,28 @@ def run_load(folder: Path, out: Path, file_bytes: int = 20_000) -> dict:
     return record
 
 
+def held_row() -> Packed:
+    """Every action a hold, with bounds among the many unlikely tokens: rounding one moves it past some."""
+    rng = np.random.default_rng(0)
+    views = [noise(rng.integers(0, 250, 40).tolist(), 5, 4, rng, "block")]
+    row = pack(views, 4, 260, 1000)[0]
+    row.targets[:] = HOLD
+    row.bounds = torch.linspace(-12, -4, len(row.bounds))
+    return row
+
+
+def run_holds(folder: Path, out: Path) -> torch.Tensor:
+    """Their log-probabilities as training in bfloat16 scores them."""
+    config = configured(SFTConfig, folder, out, dtype="bfloat16")
+    network = model.load_for_training(folder, start_distributed()[2], config)
+    return network.score(held_row(), model.Sampling()).logprobs.detach()
+
+
 FRUGAL = {"cpu_offload": "true", "checkpointing": "full", "reduce_once": "false"}
 
 CASES = {
     "frugal": lambda folder, out: run_sft(folder, out, **FRUGAL),
+    "holds": run_holds,
     "resume": lambda folder, out: run_sft(folder, out, resume=True),
     "load-tied": lambda folder, out: run_load(folder.with_name("tied"), out),
     "load-moe": lambda folder, out: run_load(folder.with_name("moe"), out),

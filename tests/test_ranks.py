@@ -17,7 +17,7 @@ from conftest import TINY
 from data_rows import write_task
 from safetensors.torch import load_file
 
-from model import load
+from model import Sampling, load
 from plumbing.checkpoint import tiny
 from plumbing.common import ROOT
 
@@ -113,6 +113,14 @@ def test_options_that_save_memory_change_nothing(folder, two, tmp_path, zygote, 
     for step in (0, 1):
         assert_same(found[step]["gradients"][0], wanted[step]["gradients"][0], (1e-5, 1e-4)[step])
     assert_same(found[0]["weights"], wanted[0]["weights"], 1e-4)
+
+
+def test_a_row_in_float32_stays_so_where_weights_are_bfloat16(folder, tmp_path, zygote):
+    """FSDP2 would round it, and with it the bounds of the holds, as it rounds the weights."""
+    found = on_ranks(zygote, 1, "holds", folder, tmp_path)["holds"]
+    wanted = load(str(folder), torch.bfloat16).score(rank_worker.held_row(), Sampling()).logprobs
+    assert len(found) == len(wanted) > 10 and wanted.std() > 0.5
+    assert (found - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("likelihood", ["tokens", "exact"])
