@@ -77,6 +77,9 @@ class ScoreChunks(torch.autograd.Function):
         hold       d l / d logits = (p [log p < bound] / h - p) / T
 
     Both passes cut the same chunks, so that they run the same kernels and log p < bound falls the same way.
+    The head's gradient is summed over chunks in its own dtype: of 25 chunks in bfloat16 it is 0.6 % off, as
+    one product 0.2 % (CPU, 4,096 x 512 logits), where a whole pass in bfloat16 is 1 to 4 % off. A sum in
+    float32 would take 4 bytes more per weight when memory is scarcest.
     """
 
     @staticmethod
