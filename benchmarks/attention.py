@@ -71,12 +71,20 @@ def milliseconds(run, device: str, repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def flex_milliseconds(packed: Packed) -> float:
-    """Forward and backward of one layer's attention in bfloat16, on CUDA, at the shapes of SDAR-8B."""
-    shapes = [(1, heads, len(packed), DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    inputs = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes]
-    row = sdar.FlexRow(packed)
-    return milliseconds(lambda: row.attend(0, *inputs, DIM**-0.5).sum().backward(), "cuda")
+def random_inputs(packed: Packed, dtype: torch.dtype, dim: int = DIM) -> list[torch.Tensor]:
+    """Random query, key and value [1, heads, N, dim] of one layer's attention, with the heads of SDAR-8B."""
+    shapes = [(1, heads, len(packed), dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(s, device=packed.ids.device, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def flex_milliseconds(
+    packed: Packed, dtype: torch.dtype = torch.bfloat16, dim: int = DIM, options: dict | None = None
+) -> float:
+    """Forward and backward of one layer's attention, FlexAttention on CUDA with these kernel options."""
+    inputs, on_cuda = random_inputs(packed, dtype, dim), packed.ids.is_cuda
+    row = sdar.FlexRow(packed, options) if on_cuda else sdar.attention_over(packed)
+    run = lambda: row.attend(0, *inputs, dim**-0.5).sum().backward()  # noqa: E731
+    return milliseconds(run, packed.ids.device.type)
 
 
 def main(arguments: list[str]) -> None:

@@ -35,7 +35,7 @@ from transformers import AutoConfig  # noqa: E402
 
 import model  # noqa: E402
 from plumbing.checkpoint import load_tokenizer, tiny  # noqa: E402
-from plumbing.common import run_script  # noqa: E402
+from plumbing.common import run_script, write_json  # noqa: E402
 from plumbing.config import Parser  # noqa: E402
 from rollout import Decoding, LMDeployEngine, TorchEngine  # noqa: E402
 
@@ -155,6 +155,15 @@ def pipeline(folder: Path, tokenizer, prompts: list[list[int]], tokens: int, dty
     return answer
 
 
+def use_stand_ins() -> None:
+    """Without CUDA: LMDeploy's subprocesses run on the stand-ins of tests/lmdeploy_on_cpu.py."""
+    os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
+    if not CUDA:
+        LMDeployEngine.setup = "lmdeploy_on_cpu:install"
+        places = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+
+
 def main() -> None:
     """Measure, and print a Markdown table."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -163,18 +172,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048] if CUDA else [32])
     parser.add_argument("--engines", nargs="+", default=["ours", "pipeline", "torch"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument(
         "--one", nargs=4, metavar=("ENGINE", "FOLDER", "REQUESTS", "TOKENS"), help="(internal)"
     )
     options = parser.parse_args()
-    if not CUDA:
+    use_stand_ins()
+    if not CUDA and options.one and options.one[0] == "pipeline":
         import lmdeploy_on_cpu
 
-        LMDeployEngine.setup = "lmdeploy_on_cpu:install"
-        os.environ["PYTHONPATH"] = str(ROOT / "tests")
-        if options.one and options.one[0] == "pipeline":
-            lmdeploy_on_cpu.install()
-    os.environ["LMDEPLOY_ENABLE_CHECK_ENV"] = "0"
+        lmdeploy_on_cpu.install()
     if options.one:
         engine, folder, *sizes = options.one
         print(json.dumps(measure(engine, Path(folder), *map(int, sizes), options.repeats)))
@@ -182,7 +189,7 @@ def main() -> None:
     print(f"machine: {torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}\n")
     print("| shape | requests | new tokens | engine | tokens/s | lowest - highest | against the pipeline |")
     print("|---|---:|---:|---|---:|---:|---:|")
-    notes = []
+    notes, lines = [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "checkpoint"
         write_checkpoint(folder, SHAPES[options.shape])
@@ -197,11 +204,14 @@ def main() -> None:
                 for engine, f in found.items():
                     rate = f["tokens_per_second"]
                     ratio = rate / found.get("pipeline", f)["tokens_per_second"]
+                    lines.append({"engine": engine, "requests": requests, "ratio": ratio} | f)
                     print(
                         f"| {options.shape} | {requests} | {tokens} | {engine} | {rate:.0f} "
                         f"| {f['lowest']:.0f} - {f['highest']:.0f} | {100 * ratio:.0f} % |"
                     )
                 notes.append(found.get("ours", {}))
+    if options.json:
+        write_json(Path(options.json), lines)
     for f in filter(None, notes):
         print(
             f"\nweight update: {f['update_seconds_per_gb']:.3f} s per GB of {f['weights_gb']:.2f} GB; "

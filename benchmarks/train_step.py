@@ -304,7 +304,7 @@ def prepare(shape: str, options: Namespace) -> tuple[Bench, str]:
     bench = Bench(model, None, options.block_size, options.token_budget, options.repeats, PEAK_FLOPS)
     kept = "float32"
     if cuda:
-        checkpoint_layers(model, "full")
+        checkpoint_layers(model, options.checkpointing)
         compile_layers(model)
         short = [random_trajectory(130, 510, options.tpf, options.block_size, bench.mask_id)]
         check_exact(model, bench.published(short, "", "dense"), [bench.packed(short)], 1e-3)
@@ -411,6 +411,8 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--repeats", type=positive, help="timed steps per side; the median counts")
     parser.add_argument("--block-size", type=positive, default=4)
     parser.add_argument("--tpf", type=float, default=2.0, help="tokens per forward")
+    modes = {"choices": ["none", "selective", "full"], "default": "full"}
+    parser.add_argument("--checkpointing", **modes, help="of the decoder layers, on CUDA")
     parser.add_argument("--rollouts", metavar="FILE", help="lengths and step maps from a rollouts.jsonl")
     parser.add_argument("--limit", type=positive, help="padded length of those; default: the longest")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
