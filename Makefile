@@ -1,4 +1,5 @@
 # make demo: set up, then SFT, DiPO and evaluation on the CPU.  make test: set up, lint, tests.
+# make gpu: measurements on CUDA, with the packages that are there.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -24,7 +25,11 @@ $(VENV)/ready-for-tests: $(VENV)/ready requirements-lmdeploy.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-lmdeploy.txt
 	touch $@
 
+# On a machine with a GPU, with the Python that has its torch: what only CUDA can show, in runs/gpu.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
+
 clean:
 	rm -rf $(VENV) runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test gpu clean

@@ -77,14 +77,10 @@ def random_inputs(packed: Packed, dtype: torch.dtype, dim: int = DIM) -> list[to
     return [torch.randn(s, device=packed.ids.device, dtype=dtype, requires_grad=True) for s in shapes]
 
 
-def flex_milliseconds(
-    packed: Packed, dtype: torch.dtype = torch.bfloat16, dim: int = DIM, options: dict | None = None
-) -> float:
-    """Forward and backward of one layer's attention, FlexAttention on CUDA with these kernel options."""
-    inputs, on_cuda = random_inputs(packed, dtype, dim), packed.ids.is_cuda
-    row = sdar.FlexRow(packed, options) if on_cuda else sdar.attention_over(packed)
-    run = lambda: row.attend(0, *inputs, dim**-0.5).sum().backward()  # noqa: E731
-    return milliseconds(run, packed.ids.device.type)
+def attend_milliseconds(row: sdar.FlexRow, inputs: list[torch.Tensor]) -> float:
+    """Forward and backward of one layer's attention over a row, with `random_inputs`."""
+    scaling, device = inputs[0].shape[-1] ** -0.5, inputs[0].device.type
+    return milliseconds(lambda: row.attend(0, *inputs, scaling).sum().backward(), device)
 
 
 def main(arguments: list[str]) -> None:
@@ -100,7 +96,9 @@ def main(arguments: list[str]) -> None:
         build = milliseconds(lambda row=row: block_mask(row), device)
         tiles = tile_counts(row)
         visited = tiles["full"] + tiles["partial"]
-        flex = f"{flex_milliseconds(row):.2f}" if device == "cuda" else "-"
+        flex = "-"
+        if device == "cuda":
+            flex = f"{attend_milliseconds(sdar.FlexRow(row), random_inputs(row, torch.bfloat16)):.2f}"
         cells = [
             f"{len(row):,}",
             str(1 + int(row.sequence[row.scored].max())),  # without the one that pads

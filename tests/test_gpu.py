@@ -1,7 +1,11 @@
-"""The CUDA path: `pytest -m gpu`. Skipped without CUDA."""
+"""The CUDA path: `pytest -m gpu`. Skipped without CUDA.
+
+Those with LMDeploy are stages of benchmarks/gpu.py; the others are run by its stage `tests`, four at a time.
+"""
 
 import json
 
+import gpu
 import numpy as np
 import pytest
 import scoring
@@ -13,12 +17,12 @@ import dipo
 import sft
 from masking import block_mask, noise, pack, replay
 from model import Sampling, load
-from plumbing import kernels, lmdeploy_engine
+from plumbing import kernels
 from plumbing.checkpoint import load_tokenizer, stop_ids, tiny
 from plumbing.config import load_config
 from plumbing.kernels import checkpoint_layers, compile_layers
 from plumbing.lmdeploy_engine import lmdeploy_problem
-from rollout import Decoding, LMDeployEngine, TorchEngine
+from rollout import Decoding, TorchEngine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +33,12 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(tiny(tmp_path_factory.mktemp("tiny"), head_dim=64, initializer_range=0.2))
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Else the variants of one function add up to torch's limit, and later tests run it eagerly."""
+    torch._dynamo.reset()
 
 
 def run_sft(*arguments: str) -> None:
@@ -47,8 +57,13 @@ def packed_row(folder: str, sizes: list[int]):
     return row.to("cuda")
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.15)])
-def test_flex_equals_dense_forward_and_backward(folder, dtype, tolerance):
+# Differences of log-probabilities, mean and largest, and the relative one of the gradient. In bfloat16 two
+# right ways to compute this row are 0.03, 0.16 and 0.01 apart (CPU, joint and dense).
+CLOSE = {torch.float32: (1e-4, 1e-3, 1e-3), torch.bfloat16: (0.06, 0.5, 0.05)}
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_flex_equals_dense_forward_and_backward(folder, dtype):
     row = packed_row(folder, [200, 36, 612])
     results = []
     for attention in ("flex", "dense"):
@@ -58,8 +73,10 @@ def test_flex_equals_dense_forward_and_backward(folder, dtype, tolerance):
         gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])
         results.append((scores.logprobs.detach().float(), gradient))
     (a, grad_a), (b, grad_b) = results
-    assert (a - b).abs().max() < tolerance
-    assert (grad_a - grad_b).norm() < tolerance * grad_b.norm()
+    mean, largest, gradient = CLOSE[dtype]
+    assert (a - b).abs().mean() < mean
+    assert (a - b).abs().max() < largest
+    assert (grad_a - grad_b).norm() < gradient * grad_b.norm()
 
 
 def test_engine_and_trainer_agree_in_float32(folder):
@@ -75,15 +92,16 @@ def test_engine_and_trainer_agree_in_float32(folder):
         assert gap < 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_scripts_run(tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "engine"), [("float32", "torch"), ("bfloat16", "auto")])
+def test_both_scripts_run(tmp_path, dtype, engine):
     write_task(tmp_path)
     common = [f"dtype={dtype}", "steps=2", "token_budget=4096"]
     out = f"{tmp_path}/sft"
     run_sft(f"data={tmp_path}/sft.jsonl", f"out={out}", "batch_size=8", *common)
     run_dipo(  # the model is nearly uniform: with this threshold its answers differ in speed
         f"model={out}/latest", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/dipo", "groups=2",
-        "group_size=4", "rewards.speed=1.0", "likelihood=exact", "updates=2", "threshold=0.01", *common,
+        "group_size=4", "rewards.speed=1.0", "likelihood=exact", "updates=2", "threshold=0.01",
+        f"engine={engine}", "cache_gib=1", *common,
     )  # fmt: skip
     lines = (tmp_path / "dipo" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
@@ -92,8 +110,8 @@ def test_both_scripts_run(tmp_path, dtype):
 
 @pytest.mark.parametrize(
     "options",
-    [["dtype=float32"], ["dtype=bfloat16", "cpu_offload=true"], ["dtype=bfloat16", "checkpointing=full"]],
-    ids=["float32", "offload", "checkpointing"],
+    [["dtype=bfloat16", "cpu_offload=true"], ["dtype=bfloat16", "checkpointing=full"]],
+    ids=["offload", "checkpointing"],
 )
 def test_a_run_resumes_with_its_moments(tmp_path, options):
     write_task(tmp_path)
@@ -110,112 +128,38 @@ def test_a_run_resumes_with_its_moments(tmp_path, options):
 # ------------------------------------------------------------------------------------ LMDeploy
 
 lmdeploy = pytest.mark.skipif(bool(lmdeploy_problem()), reason=lmdeploy_problem())
-PROMPTS = [[(7 * i + j) % 250 for j in range(n)] for i, n in enumerate((3, 17, 30, 8, 64, 65))]
-
-
-def start(folder, log) -> LMDeployEngine:
-    tokenizer = load_tokenizer(folder)
-    return LMDeployEngine(folder, 4, tokenizer.mask_token_id, stop_ids(tokenizer), 32, cache_gib=1, log=log)
-
-
-def greedy(engine) -> list[list[int]]:
-    rollouts = engine.generate(PROMPTS, [0] * len(PROMPTS), Decoding(top_k=1, max_tokens=40))
-    return [r.response_ids for r in rollouts]
 
 
 @lmdeploy
-def test_weights_travel_by_ipc_and_graphs_stay_valid(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        lmdeploy_engine, "BUCKET_BYTES", 300_000
-    )  # several buckets, one too small for the head
-    other = str(tiny(tmp_path / "other", seed=3, head_dim=64, initializer_range=0.2))
-    fresh, engine = start(other, tmp_path / "fresh"), start(folder, tmp_path / "log")
-    before, expected = greedy(engine), greedy(fresh)
-    fresh.close()
-    assert before != expected
-    for source, answers in ((other, expected), (folder, before), (other, expected)):
-        engine.update_weights(load(source, torch.float32, "cuda").named_parameters())
-        assert greedy(engine) == answers, "in place, without capturing the graphs again"
-    engine.close()
-
-
-@lmdeploy
-def test_sleep_gives_memory_back_and_wakes_with_new_weights(folder, tmp_path):
-    engine = start(folder, tmp_path / "log")
-    before = greedy(engine)
-    for _ in range(3):
-        assert engine.sleep() > 0.9 * 2**30, "the cache of 1 GiB"
-        engine.update_weights(load(folder, torch.float32, "cuda").named_parameters())
-        engine.wake()
-        assert greedy(engine) == before
-    engine.close()
-
-
-@lmdeploy
-def test_parity_gap_in_bfloat16(folder, tmp_path, capsys):
-    engine, trainer = start(folder, tmp_path / "log"), load(folder, torch.bfloat16, "cuda")
-    mask_id = load_tokenizer(folder).mask_token_id
-    rollouts = engine.generate(PROMPTS * 5, range(30), Decoding(max_tokens=64))
-    engine.close()
-    gaps = []
-    for row in pack([replay(r, 4, 1.0) for r in rollouts], 4, mask_id, 4096):
-        row = row.to("cuda")
-        with torch.no_grad():
-            gaps.append((trainer.score(row, Sampling()).logprobs - row.engine_logprobs).abs())
-    gap = torch.cat(gaps)
-    with capsys.disabled():
-        print(f"\nengine against trainer in bfloat16: mean {gap.mean():.4f}, max {gap.max():.4f}")
-    assert gap.mean() < 0.03
-    assert gap.max() < 0.5
-
-
-@lmdeploy
-def test_copies_of_a_prompt_get_answers_of_their_own(folder, tmp_path):
-    engine = start(folder, tmp_path / "log")
-    engine.stop_ids = []
-    rollouts = engine.generate([PROMPTS[1]] * 16, range(16), Decoding(max_tokens=24))
-    again = engine.generate([PROMPTS[1]] * 16, range(16), Decoding(max_tokens=24))
-    engine.close()
-    assert len({tuple(r.response_ids) for r in rollouts}) == 16
-    assert [r.response_ids for r in rollouts] == [r.response_ids for r in again]
+@pytest.mark.parametrize("name", ["parity", "copies", "update", "sleep", "loop"])
+def test_a_stage(name, tmp_path):
+    for check in gpu.stage.checks(name, tmp_path, small=name == "loop"):
+        assert check.verdict != "FAILED", check
 
 
 @lmdeploy
 def test_a_least_length_and_banned_tokens(folder, tmp_path):
-    engine = start(folder, tmp_path / "log")
+    engine = gpu.start(folder, tmp_path / "log")
     engine.stop_ids, banned = list(range(0, 250, 8)), set(range(1, 250, 2))
     how = Decoding(max_tokens=64, min_tokens=20, banned_ids=sorted(banned))
-    rollouts = engine.generate(PROMPTS * 5, range(30), how)
+    rollouts = engine.generate(gpu.PROMPTS * 5, range(30), how)
     engine.close()
     assert not any(set(r.response_ids) & banned for r in rollouts)
     assert all(r.num_tokens > 20 for r in rollouts)
     assert any(r.finish_reason == "stop" for r in rollouts), "stop tokens come back after the least length"
 
 
-@lmdeploy
-def test_two_dipo_steps(folder, tmp_path):
-    write_task(tmp_path)
-    run_dipo(
-        f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/run", "engine=lmdeploy", "steps=2",
-        "dtype=bfloat16", "groups=2", "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "cache_gib=1",
-        "threshold=0.3", "max_tokens=24",
-    )  # fmt: skip
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2
-    assert all(line["gib_given_back"] > 0.9 and line["gap_mean"] < 0.05 for line in lines)
-
-
-@pytest.mark.parametrize("how", ["none", "selective", "full"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("how", "compiled"), [("none", True), ("selective", True), ("full", True), ("selective", False)]
+)
 def test_layers_compiled_and_checkpointed(folder, how, compiled):
     """Float32 gradients as of plain layers, and nothing is compiled after the third batch."""
-    torch._dynamo.reset()
     plain, model = load(folder, torch.float32, "cuda"), load(folder, torch.float32, "cuda")
     checkpoint_layers(model, how)
     if compiled:
         compile_layers(model)
     counters = torch._dynamo.utils.counters["stats"]
-    for batch, size in enumerate([300, 500, 900, 412, 660]):
+    for batch, size in enumerate([300, 500, 900, 412]):
         row = packed_row(folder, [size, 36])
         gradients = []
         for network, attention in ((model, "flex"), (plain, "dense")):
