@@ -118,6 +118,10 @@ def test_stages_are_chosen_and_earlier_results_stay(program, tmp_path, monkeypat
     assert results["stages"]["last"]["verdict"] == "left out: expected 1 s, 1 s are left"
     done, results = run(program, tmp_path, "--stages", "last")
     assert set(results["stages"]) == {"good", "large", "last"} and done.returncode == 0
+    before = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps(before | {"machine": "another one"}))
+    done, results = run(program, tmp_path, "--stages", "last")
+    assert set(results["stages"]) == {"last"}, "figures of two machines do not share a table"
     done = subprocess.run([*program, "--stages", "god"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'god', expected of good" in done.stderr
 
