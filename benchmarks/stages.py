@@ -35,7 +35,7 @@ from typing import Any
 from plumbing.common import AT_END, ROOT, InputError, fail, run_script, write_json
 
 FAILURES = ("FAILED", "crashed", "hung")
-LAST_LINES = 8  # of a stage's log, shown if it does not end well
+LAST_LINES = 20  # of a stage's log, shown if it does not end well
 
 
 @dataclass
@@ -183,9 +183,9 @@ class Stages:
         theirs, ours = os.pipe()
         with tempfile.TemporaryDirectory() as folder, open(log, "wb") as output:
             command = [sys.executable, self.program, "--one", name, str(lines), folder, str(theirs)]
-            process = self.launch(
-                command, cwd=ROOT, pass_fds=(theirs,), stdout=output, stderr=output, env=os.environ
-            )
+            environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+            files = {"pass_fds": (theirs,), "stdout": output, "stderr": output}
+            process = self.launch(command, cwd=ROOT, env=environment, **files)
             os.close(theirs)
 
             def end() -> None:
@@ -201,6 +201,9 @@ class Stages:
                     verdict, error = "crashed", f"exit code {code}"
             except subprocess.TimeoutExpired:
                 verdict, error = "hung", f"ended after {seconds:.0f} s"
+                os.kill(process.pid, signal.SIGABRT)  # it writes to its log where it is
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=5)
             end()
             process.wait()
             AT_END.remove(end)

@@ -98,6 +98,7 @@ def test_what_fails_or_hangs_is_reported_and_the_rest_goes_on(program, tmp_path)
     assert "RuntimeError: no kernel image" in stages["breaks"]["error"]
     assert stages["breaks"]["checks"][0]["value"] == 1, "what it found before it failed"
     assert stages["hangs"]["seconds"] < 60 and gone(stages["hangs"]["checks"][0]["value"])
+    assert " in hangs" in stages["hangs"]["error"], "where it was"
     assert results["machine"] == "a machine" and results["commit"] and results["command"]
     page = (tmp_path / "out" / "results.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("|")]
