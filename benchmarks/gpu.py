@@ -58,7 +58,6 @@ if __name__ == "__main__":  # before the imports below, of which a bare machine 
         os.environ.setdefault(variable, "lo")
 
 import attention  # noqa: E402
-import memory  # noqa: E402
 import scoring  # noqa: E402
 import torch  # noqa: E402
 import train_step  # noqa: E402
@@ -69,9 +68,10 @@ import dipo  # noqa: E402
 import model as sdar  # noqa: E402
 from masking import Packed, pack, replay  # noqa: E402
 from plumbing import lmdeploy_engine  # noqa: E402
-from plumbing.checkpoint import load_tokenizer, stop_ids, tiny  # noqa: E402
+from plumbing.checkpoint import load_tokenizer, read_config, stop_ids, tiny  # noqa: E402
 from plumbing.common import Stopwatch, read_records  # noqa: E402
 from plumbing.config import load_config  # noqa: E402
+from plumbing.gpu import GIB, Job, plan  # noqa: E402
 from plumbing.kernels import KERNEL_OPTIONS  # noqa: E402
 from plumbing.run_folder import RunFolder  # noqa: E402
 from rollout import Decoding, LMDeployEngine, Rollout, TorchEngine  # noqa: E402
@@ -79,7 +79,6 @@ from rollout import Decoding, LMDeployEngine, Rollout, TorchEngine  # noqa: E402
 CUDA = torch.cuda.is_available()
 stage.small = not CUDA
 DEVICE, DTYPE = ("cuda", "bfloat16") if CUDA else ("cpu", "float32")
-GIB = 2**30
 
 
 def load_benchmark(name: str) -> Any:
@@ -381,18 +380,12 @@ def watched() -> Iterator[tuple[MemoryWatch, list[float]]]:
 
 
 def planned_phases(config: dipo.DiPOConfig) -> dict[str, float]:
-    """GiB that benchmarks/memory.py plans for phases of dipo.py's loop; of LoRA it knows nothing."""
-    if config.lora_rank:
-        return {}
-    names = ("model", "token_budget", "checkpointing", "dtype", "reduce_once", "max_batch")
-    own = {name: getattr(config, name) for name in names}
-    trajectories = config.groups * config.group_size
-    plan = memory.PlanConfig(prompt=16, response=config.max_tokens, ranks=1, trajectories=trajectories, **own)
-    training, rollout, _ = memory.predict(plan)
-    return {
-        phase: sum(parts.values()) / GIB + plan.reserve_gib
-        for phase, parts in (("train", training), ("rollout", rollout))
-    }
+    """GiB that plumbing/gpu.py plans for the phases of dipo.py's loop."""
+    shape = read_config(Path(config.model))
+    job = Job.of(config, shape, ranks=1, longest=16 + config.max_tokens, engine="lmdeploy")
+    phases = plan(job, torch.cuda.mem_get_info()[1] if CUDA else 2**40)
+    phases["update_weights"] = phases.pop("update")
+    return {phase: sum(parts.values()) / GIB for phase, parts in phases.items()}
 
 
 TOY_LOOP = {"groups": 1, "group_size": 4, "max_tokens": 16, "threshold": 0.0038, "cache_gib": 0.01}
@@ -427,9 +420,9 @@ def loop(folder: Path, shape: str, **fields: Any) -> Iterator[Check]:
     yield Check("rollout tokens per second, step 2", last["rollout_tokens"] / seconds["rollout"], "/s")
     yield Check("packed tokens trained per second, step 2", last["train_tokens"] / seconds["train"], "/s")
     yield Check("given back by the sleeping engine", last["gib_given_back"], "GiB")
-    plan = planned_phases(config)
+    planned = planned_phases(config)
     for phase, peak in memory_watch.peaks.items():
-        bound = {"at_most": plan.get(phase), "soft": True}  # what benchmarks/memory.py plans
+        bound = {"at_most": planned.get(phase), "soft": True}
         yield Check(f"memory, {phase}", peak / GIB, "GiB, both processes", **bound)
 
 
