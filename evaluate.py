@@ -79,7 +79,7 @@ class EvalConfig:
     engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
     max_batch: int = setting(256, "responses generated at once", above=0)
     dtype: Literal["float32", "bfloat16"] = setting("float32", "of the weights; lmdeploy has bfloat16")
-    cache_gib: float = setting(0.0, "lmdeploy's key/value cache; 0: 40 % of the free GPU memory")
+    cache_gib: float = setting(0.0, "lmdeploy's key/value cache; 0: what its weights leave")
 
     def check(self) -> None:
         """Check combinations of fields, before anything is loaded.
