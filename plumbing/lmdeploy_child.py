@@ -5,7 +5,7 @@ program of its own that nobody imports, which is why it may import rollout.py. T
 0.18.0 as published; what is changed in it is changed here, in this process only:
 
     fix_stop_words      upstream pytorch/strategies/dllm/sequence.py:122
-    fix_sampling        upstream pytorch/strategies/dllm/sampling.py:47-59
+    fix_sampling        upstream pytorch/strategies/dllm/sampling.py:47-59 and ar/sampling.py:94
     float32 confidence  upstream pytorch/strategies/dllm/unmasking.py:20     (in record_steps)
     record_steps        what upstream does not return: the step map, the log-probability of every token
                         at its reveal, and below which probability a draw was held
@@ -114,9 +114,22 @@ def fix_sampling() -> None:
     other way round (position after position), so requests get each other's seeds, temperatures and
     top-k. And it draws from (seed, offset) alone, one pair per request: all positions of a block draw
     the same number. Together, 16 copies of a prompt with 16 seeds gave 4 answers; a group of identical
-    rollouts has no advantage to learn from.
+    rollouts has no advantage to learn from. And it keeps 32 bits of a seed, where the run's own seed is above
+    bit 40 (dipo.sample_groups): two runs would share every random number.
     """
+    from lmdeploy.pytorch.strategies.ar.sampling import ARSamplingStrategy as Base
     from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy as Strategy
+
+    # All 63 bits of a seed, for autoregressive models too; the kernel's generator takes 64.
+    make_base = Base.make_sampling_inputs
+
+    def with_whole_seeds(self, seqs):
+        inputs = make_base(self, seqs)
+        if inputs.random_seeds is not None:  # None if all are greedy
+            inputs.random_seeds = torch.tensor([seq.sampling_param.random_seed for seq in seqs])
+        return inputs
+
+    Base.make_sampling_inputs = with_whole_seeds
 
     # [B * S] settings become [S * B]; the seed of a position is the request's and the position's.
     per_row = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p", "random_seeds")
@@ -129,7 +142,7 @@ def fix_sampling() -> None:
             value = getattr(inputs, name, None)
             if value is not None:  # [B * S] -> [S * B]
                 setattr(inputs, name, value.view(block_size, len(seqs)).T.reshape(-1))
-        if inputs.random_seeds is not None:  # 64 bits wrap around; the kernel's generator takes them all
+        if inputs.random_seeds is not None:  # 64 bits wrap around
             position = torch.arange(block_size).repeat(len(seqs))
             inputs.random_seeds = inputs.random_seeds + position * 0x1E3779B97F4A7C15
         return inputs

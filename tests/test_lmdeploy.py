@@ -290,6 +290,18 @@ def test_an_answer_depends_on_its_seed_and_not_on_its_neighbours(both):
     assert [shown(r) for r in together] != [shown(r) for r in other]
 
 
+@pytest.mark.parametrize("bit", [32, 40, 62])
+def test_every_bit_of_a_seed_counts(both, bit, monkeypatch):
+    engine, _ = both  # 23 bits of a run's seed stand above bit 40 of its rollouts' seeds
+    monkeypatch.setattr(engine, "stop_ids", [])
+    prompts, seeds, how = prompts_of([7, 12, 30, 9]), [0, 1, 2, 3], Decoding(max_tokens=24)
+    here, again = (engine.generate(prompts, seeds, how) for _ in range(2))
+    there = engine.generate(prompts, [seed + 2**bit for seed in seeds], how)
+    assert [shown(r) for r in here] == [shown(r) for r in again]
+    for one, other in zip(here, there, strict=True):
+        assert one.response_ids != other.response_ids
+
+
 def test_every_position_draws_uniformly(folder, tmp_path):
     # A flat model: in a block that is revealed at once, equal draws at two positions are chance.
     flat = tiny(tmp_path / "flat", **TINY | {"initializer_range": 1e-4})
@@ -638,6 +650,10 @@ def test_an_autoregressive_baseline_is_evaluated(tmp_path, capsys):
         assert ended.shown_ids == rollout.response_ids[: first + 1], "the stop token is shown"
         assert ended.finish_reason == "stop"
         assert ended.tokens_per_forward == 1.0
+    engine.stop_ids = []
+    how, seeds = Decoding(max_tokens=20), [5, 5, 5 + 2**40]
+    first, again, other = (r.response_ids for r in engine.generate([prompts[0]] * 3, seeds, how))
+    assert first == again != other
     engine.close()
     with pytest.raises(InputError, match="model_type is qwen2, expected sdar"):
         evaluate_with(*arguments, "engine=torch", f"out={tmp_path}/other")
