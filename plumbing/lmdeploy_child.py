@@ -1,4 +1,4 @@
-"""Inside the rollout subprocess: LMDeploy's PyTorch engine, corrected in three places, and a recorder.
+"""Inside the rollout subprocess: LMDeploy's PyTorch engine, corrected in four places, and a recorder.
 
 lmdeploy_engine.py starts this file, one process per rank, and talks to it over a socket pair. It is a
 program of its own that nobody imports, which is why it may import rollout.py. The engine is LMDeploy
@@ -6,6 +6,7 @@ program of its own that nobody imports, which is why it may import rollout.py. T
 
     fix_stop_words      upstream pytorch/strategies/dllm/sequence.py:122
     fix_sampling        upstream pytorch/strategies/dllm/sampling.py:47-59 and ar/sampling.py:94
+    fix_drawing         upstream pytorch/engine/logits_process.py:502-545
     float32 confidence  upstream pytorch/strategies/dllm/unmasking.py:20     (in record_steps)
     record_steps        what upstream does not return: the step map, the log-probability of every token
                         at its reveal, and below which probability a draw was held
@@ -33,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model import Sampling, sampling_logprobs
 from plumbing.common import Forgiving
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 HEARTBEAT_SECONDS = 1.0
+DRAW_ROWS = 64  # rows of logits that are worked on at once: what is made of them is so many times V large
+PICK_RUN = 128  # tokens; divides the 151,936 of Qwen3, where nothing has to be padded
 
 
 @dataclass
@@ -53,9 +57,10 @@ class Recorder:
     how: Decoding
     forwards: int  # passes of the network so far: a sign of life
     finished: dict[int, dict[str, list]]  # by session: the fields of a trajectory
+    drawn: list[torch.Tensor]  # of the forward in hand: log p and log g of what was drawn, [rows] each
 
 
-RECORDER = Recorder(Decoding(), 0, {})
+RECORDER = Recorder(Decoding(), 0, {}, [])
 
 
 def install(mask_id: int) -> None:
@@ -73,6 +78,7 @@ def install(mask_id: int) -> None:
     use_mask_id(mask_id)
     fix_stop_words()
     fix_sampling()
+    fix_drawing()
     record_steps()
 
 
@@ -115,12 +121,15 @@ def fix_sampling() -> None:
     top-k. And it draws from (seed, offset) alone, one pair per request: all positions of a block draw
     the same number. Together, 16 copies of a prompt with 16 seeds gave 4 answers; a group of identical
     rollouts has no advantage to learn from. And it keeps 32 bits of a seed, where the run's own seed is above
-    bit 40 (dipo.sample_groups): two runs would share every random number.
+    bit 40 (dipo.sample_groups): two runs would share every random number. And it counts offsets from the
+    tokens that are there when a request is prefilled, one for each forward from then on: a request that was
+    preempted would go on with other numbers than without, some of them a second time. Here it is forwards
+    from the beginning.
     """
     from lmdeploy.pytorch.strategies.ar.sampling import ARSamplingStrategy as Base
     from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy as Strategy
 
-    # All 63 bits of a seed, for autoregressive models too; the kernel's generator takes 64.
+    # All 63 bits of a seed, for autoregressive models too.
     make_base = Base.make_sampling_inputs
 
     def with_whole_seeds(self, seqs):
@@ -145,42 +154,98 @@ def fix_sampling() -> None:
         if inputs.random_seeds is not None:  # 64 bits wrap around
             position = torch.arange(block_size).repeat(len(seqs))
             inputs.random_seeds = inputs.random_seeds + position * 0x1E3779B97F4A7C15
+        forwards = torch.tensor([getattr(seq, "forwards", 0) for seq in seqs])
+        inputs.random_offsets = forwards.repeat_interleave(block_size)
         return inputs
 
     Strategy.make_sampling_inputs = make_sampling_inputs
 
 
-def drawn_logprobs(
-    logits: torch.Tensor, drawn: torch.Tensor, how: Decoding
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log p, log g) of the tokens that were drawn, each [rows] in float32.
+def fix_drawing() -> None:
+    """Draw tokens in float32 and without sorting, from the same g as the trainer's.
+
+    Upstream sorts all logits of every row at every step, also if nothing is cut off: values, indices and
+    probabilities, [rows, V] in 12 bytes an element, and what the sort itself needs. And it cuts in the dtype
+    of the LM head, with rounded sums, and of equal logits it keeps any: the trainer then holds tokens
+    impossible that were drawn.
+    """
+    from lmdeploy.pytorch.engine.logits_process import FusedLogitsProcessor
+
+    def sampling(self, logits):
+        settings = self.sampling_inputs
+        drawn, *RECORDER.drawn = draw(logits, settings.random_seeds, settings.random_offsets, RECORDER.how)
+        return drawn
+
+    FusedLogitsProcessor.sampling = torch.inference_mode()(sampling)
+
+
+def draw(
+    logits: torch.Tensor, seeds: torch.Tensor | None, offsets: torch.Tensor, how: Decoding
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A token per row, its log p and its log g: [rows] each, the latter two in float32.
 
     Args:
         logits: [rows, V], temperature already applied. p is their softmax, g is p after top-k, then
-            top-p: the same distributions as `model.sampling_logprobs`, without any [rows, V] result.
-        drawn: [rows]
+            top-p: the distributions of `model.sampling_logprobs`.
+        seeds: [rows] int64, with `offsets` all that a draw depends on; None if all rows are greedy.
+        offsets: [rows] int64, other ones at each step.
     """
-    value = logits.gather(-1, drawn[:, None])[:, 0].float()
-    log_p = []
-    for part, drawn_value in zip(logits.split(128), value.split(128), strict=True):
+    greedy, cut = how.top_k == 1, how.top_k > 0 or how.top_p < 1.0
+    points = torch.zeros(len(logits), device=logits.device) if greedy else uniform(seeds, offsets)
+    results = []
+    for part, point in zip(logits.split(DRAW_ROWS), points.split(DRAW_ROWS), strict=True):
+        if cut and not greedy:
+            log_p, log_g = sampling_logprobs(part, Sampling(1.0, how.top_k, how.top_p))
+            drawn = pick(log_g.exp(), point)[:, None]
+            results.append((drawn, log_p.gather(-1, drawn), log_g.gather(-1, drawn)))
+            continue
+        # Without a cut g is p, and no [rows, V] log-probabilities are needed.
         part = part.float()
         best = part.amax(-1, keepdim=True)
-        log_p.append(drawn_value - best[:, 0] - log_normalizer((part - best).exp())[:, 0])
-    log_p = torch.cat(log_p)
-    if how.top_k == 0 and how.top_p == 1.0:
-        return log_p, log_p
-    ranked = logits.topk(min(how.top_k, logits.shape[1]) or logits.shape[1]).values.float()
-    probability = ranked.softmax(-1)
-    dropped = probability.cumsum(-1) - probability > how.top_p
-    dropped[:, 0] = False
-    return log_p, value - ranked.masked_fill(dropped, -torch.inf).logsumexp(-1)
+        weights = (part - best).exp_()
+        drawn = part.argmax(-1, keepdim=True) if greedy else pick(weights, point)[:, None]
+        log_p = part.gather(-1, drawn) - best - log_normalizer(weights)
+        results.append((drawn, log_p, torch.zeros_like(log_p) if greedy else log_p))
+    return tuple(torch.cat(parts)[:, 0] for parts in zip(*results, strict=True))
+
+
+def pick(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Where the distribution function of each row of weights [rows, V] passes its point in [0, 1): [rows].
+
+    First the run of PICK_RUN tokens, then the token in it, so that nothing else is as large as the weights.
+    A token of weight 0 is never picked.
+    """
+    missing = -weights.shape[-1] % PICK_RUN
+    runs = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, PICK_RUN))
+    mass = runs.sum(-1, dtype=torch.double)
+    end = mass.cumsum(-1)  # [rows, runs]
+    points = points[:, None] * end[:, -1:]
+    run = torch.searchsorted(end, points, right=True).clamp(max=end.shape[-1] - 1)
+    points = points - (end - mass).gather(-1, run)
+
+    inside = runs.gather(1, run[..., None].expand(-1, -1, PICK_RUN))[:, 0].double().cumsum(-1)
+    below_end = inside[:, -1:].nextafter(torch.zeros_like(points))  # where rounding passed the end
+    return (run * PICK_RUN + torch.searchsorted(inside, points.minimum(below_end), right=True))[:, 0]
+
+
+def uniform(seeds: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1) [rows], float64, from all 64 bits of each (seed, offset): SplitMix64, twice."""
+    return ((_mix(_mix(seeds) + offsets) >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """One output of SplitMix64 (Steele, Lea and Flood 2014) for each state x, int64 that wraps around."""
+    x = x + (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def held_masses(logits: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> torch.Tensor:
-    """Log-probability [rows] that a draw is held below its bound [rows]; logits as for drawn_logprobs."""
+    """Log-probability [rows] that a draw is held below its bound [rows]; logits as for `draw`."""
     drawn_from = Sampling(1.0, how.top_k, how.top_p)
     masses = []
-    for part, bound in zip(logits.split(128), bounds.split(128), strict=True):
+    for part, bound in zip(logits.split(DRAW_ROWS), bounds.split(DRAW_ROWS), strict=True):
         masses.append(held_mass(*sampling_logprobs(part, drawn_from), bound))
     return torch.cat(masses)
 
@@ -200,11 +265,10 @@ def record_steps() -> None:
 
 def record_forwards() -> None:
     """The part of `record_steps` at the model: what a forward drew, and what was revealed of it."""
-    from lmdeploy.pytorch.consts import DLLM_MASKED, DLLM_UNMASKED
+    from lmdeploy.pytorch.consts import DLLM_CACHED, DLLM_MASKED, DLLM_UNMASKED
     from lmdeploy.pytorch.strategies.dllm import model_agent, unmasking
 
     Unmasking, Agent = unmasking.UnmaskingProcessor, model_agent.DLLMModelAgentStrategy
-    unmask = Unmasking.__call__
 
     @dataclass
     class Outputs(model_agent.DLLMExtraOutputs):  # its tensors are copied to the CPU with the others
@@ -212,29 +276,27 @@ def record_forwards() -> None:
         bounds: torch.Tensor  # [S * B] log p below which a draw was held; empty if holds are not recorded
         hold_logprobs: torch.Tensor  # [S * B] log-probability of that; likewise
 
-    # The sampled tokens arrive: the rule decides what of them is revealed.
+    # The sampled tokens arrive: the rule decides which of them are revealed.
     def unmask_and_record(self, logits, input_ids, token_ids, dllm_mask):
-        how, block_size = RECORDER.how, self.dllm_config.block_length
-        log_p, log_g = drawn_logprobs(logits, token_ids, how)
-        self.confidence = log_p.exp()
-        masked = dllm_mask == DLLM_MASKED
-        dllm_mask, token_ids = unmask(self, logits, input_ids, token_ids, dllm_mask)
-        blocks = log_p.view(-1, block_size), masked.view(-1, block_size)
-        revealed = reveal(*blocks, how)
-        decided = torch.where(revealed.flatten(), DLLM_UNMASKED, DLLM_MASKED)
-        dllm_mask = torch.where(masked, decided, dllm_mask).to(dllm_mask.dtype)
-        bounds = masses = log_g[:0]
+        how, blocks = RECORDER.how, dllm_mask.view(-1, self.dllm_config.block_length)
+        log_p, log_g = (logprob.view_as(blocks) for logprob in RECORDER.drawn)
+        masked, complete = blocks == DLLM_MASKED, (blocks == DLLM_UNMASKED).all(-1, keepdim=True)
+        token_ids = torch.where(masked.flatten(), token_ids, input_ids)
+        revealed = reveal(log_p, masked, how)
+        bounds = masses = log_g.flatten()[:0]
         if how.holds:
-            bounds = hold_bound(blocks[0], revealed, how).flatten()
+            bounds = hold_bound(log_p, revealed, how).flatten()
             masses = held_masses(logits, bounds, how)
-        self.record = log_g, bounds, masses
-        return dllm_mask, token_ids
+        self.record = log_g.flatten(), bounds, masses
+
+        # A block that was complete before this forward is in the cache after it.
+        blocks = blocks.masked_fill(complete, DLLM_CACHED).masked_fill(revealed, DLLM_UNMASKED)
+        return blocks.flatten(), token_ids
 
     def make_extra_outputs(self, extra_inputs):
         return Outputs(extra_inputs.dllm_mask, *self.unmasking_processor.record)
 
     Unmasking.__call__ = unmask_and_record
-    Unmasking._get_scores = lambda self, logits, token_ids: self.confidence
     Agent.make_extra_outputs = make_extra_outputs
 
 
@@ -258,6 +320,7 @@ def record_requests() -> None:
 
     # Its masks change: what was revealed is a step.
     def _update_token_ids_decode(self, token_ids, dllm_mask):
+        self.forwards = getattr(self, "forwards", 0) + 1
         start = self.num_history_ids
         before = self.history_dllm_mask[start : start + len(dllm_mask)]
         revealed = np.flatnonzero((before == DLLM_MASKED) & (dllm_mask == DLLM_UNMASKED))
@@ -312,8 +375,18 @@ class Server:
     async def generate(
         self, requests: list[tuple[int, list[int], int]], how: Decoding, stop_ids: list[int]
     ) -> None:
-        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends."""
+        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends.
+
+        Raises:
+            RuntimeError: a request can become longer than the whole cache. LMDeploy would cut it short.
+        """
         RECORDER.how = how
+        longest, room = max(len(prompt) for _, prompt, _ in requests), self.engine.max_session_len
+        if longest + how.max_tokens > room:
+            raise RuntimeError(
+                f"a prompt of {longest} tokens and max_tokens={how.max_tokens} exceed the {room} tokens that "
+                "the key/value cache has for one request: more cache_gib"
+            )
         if self.block_size:
             config = self.agent.agent_strategy.unmasking_processor.dllm_config
             strategy = how.rule if how.rule == "sequential" else f"low_confidence_{how.rule}"

@@ -1,9 +1,9 @@
-"""Run the real LMDeploy engine on a CPU, for tests: `torch.cuda` stood in for, three operators in torch.
+"""Run the real LMDeploy engine on a CPU, for tests: `torch.cuda` stood in for, two operators in torch.
 
 Scheduler, sampling, unmasking, weight loader, sleep and wake-up are LMDeploy's own. Stood in for are
-the CUDA runtime (streams, events, memory figures), the paged attention, the mixture of experts and
-the random numbers of the multinomial kernel; everything else that CUDA has a kernel for falls back to
-LMDeploy's default implementation in torch. float32, which LMDeploy refuses, is let through.
+the CUDA runtime (streams, events, memory figures), the paged attention and the mixture of experts;
+everything else that CUDA has a kernel for falls back to LMDeploy's default implementation in torch. float32,
+which LMDeploy refuses, is let through.
 
     LMDeployEngine.setup = "lmdeploy_on_cpu:install"    # with tests/ on PYTHONPATH
 """
@@ -142,28 +142,12 @@ def use_torch_operators() -> None:
     from lmdeploy.pytorch.backends.default.op_backend import DefaultOpsBackend
     from lmdeploy.pytorch.backends.graph_runner import GraphRunner
     from lmdeploy.pytorch.backends.moe import FusedMoEBuildSpec
-    from lmdeploy.pytorch.backends.multinomial_sampling import (
-        MultinomialSamplingBuildSpec,
-        MultinomialSamplingImpl,
-    )
-
-    class Multinomial(MultinomialSamplingImpl):
-        """Like the kernel, one uniform number from (seed, offset) alone; only not the same number."""
-
-        def forward(self, scores, seeds, offsets, indices=None):
-            pairs = zip(seeds.tolist(), offsets.tolist(), strict=True)
-            generators = [torch.Generator().manual_seed(hash(pair) & 2**63 - 1) for pair in pairs]
-            uniform = torch.stack([torch.rand(1, generator=g) for g in generators])
-            drawn = (scores.float().cumsum(1) < uniform).sum(1, keepdim=True)
-            return indices.gather(1, drawn.clamp(max=scores.size(1) - 1))[:, 0]
 
     def build_op(cls, spec, **kwargs):
         if isinstance(spec, PagedAttentionBuildSpec):
             return PagedAttention(spec)
         if isinstance(spec, FusedMoEBuildSpec):
             return Experts(spec)
-        if isinstance(spec, MultinomialSamplingBuildSpec):
-            return Multinomial()
         return DefaultOpsBackend.build_op.__func__(DefaultOpsBackend, spec, **kwargs)
 
     CudaOpsBackend.build_op = classmethod(build_op)
@@ -213,13 +197,13 @@ def upstreams_confidence() -> None:
     """Confidences as upstream computes them: a softmax in the dtype of the LM head."""
     install()
     child = sys.modules["__main__"]
-    drawn_logprobs = child.drawn_logprobs
+    draw = child.draw
 
-    def rounded(logits, drawn, how):
-        confidence = logits.softmax(-1).gather(-1, drawn[:, None])[:, 0]
-        return confidence.float().log(), drawn_logprobs(logits, drawn, how)[1]
+    def rounded(logits, *settings):
+        drawn, _, log_g = draw(logits, *settings)
+        return drawn, logits.softmax(-1).gather(-1, drawn[:, None])[:, 0].float().log(), log_g
 
-    child.drawn_logprobs = rounded
+    child.draw = rounded
 
 
 def other_version() -> None:

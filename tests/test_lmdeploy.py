@@ -27,6 +27,7 @@ import dipo
 import evaluate
 import model
 from masking import HOLD, pack, replay
+from plumbing import lmdeploy_child
 from plumbing.checkpoint import load_tokenizer, read_copied, save, stop_ids, tiny, tiny_tokenizer
 from plumbing.common import InputError
 from plumbing.config import Rule, load_config
@@ -236,7 +237,7 @@ def test_the_threshold_is_exact_in_bfloat16(folder, tmp_path, monkeypatch, setup
 
 
 def test_more_requests_than_fit_at_once(folder, tmp_path):
-    engine = start(folder, tmp_path / "log", options={"max_batch_size": 3, "num_gpu_blocks": 4})
+    engine = start(folder, tmp_path / "log", options={"max_batch_size": 3, "num_gpu_blocks": 5})
     prompts, how = prompts_of([5, 70, 33, 1, 64] * 4), Decoding(top_k=1, max_tokens=60)
     ended = []
     rollouts = engine.generate(prompts, range(20), how, ended.append)
@@ -244,6 +245,27 @@ def test_more_requests_than_fit_at_once(folder, tmp_path):
     expected = embedded(folder).generate(prompts, range(20), how)
     assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
     assert len(ended) == 20
+
+
+def test_preemption_changes_no_draw(folder, tmp_path):
+    prompts, how = prompts_of([5, 70, 33, 1, 64]), Decoding(max_tokens=80)
+    answers = []
+    for pages in (5, 100):
+        options = {"max_batch_size": 3, "num_gpu_blocks": pages}
+        engine = start(folder, tmp_path / "log", stops=[], options=options)
+        answers.append([shown(r) for r in engine.generate(prompts, range(5), how)])
+        engine.close()
+    assert answers[0] == answers[1]
+
+
+def test_a_request_that_the_cache_cannot_hold_is_refused(folder, tmp_path):
+    engine = start(folder, tmp_path / "log", stops=[], options={"num_gpu_blocks": 4})
+    message = "a prompt of 70 tokens and max_tokens=59 exceed the 128 tokens that the key/value cache has"
+    with pytest.raises(RuntimeError, match=message):
+        engine.generate(prompts_of([5, 70]), [0, 1], Decoding(max_tokens=59))
+    (whole,) = engine.generate(prompts_of([70]), [1], Decoding(max_tokens=58))
+    engine.close()
+    assert whole.num_tokens == 58
 
 
 # ------------------------------------------------------------------------------------ random numbers
@@ -300,6 +322,55 @@ def test_every_bit_of_a_seed_counts(both, bit, monkeypatch):
     assert [shown(r) for r in here] == [shown(r) for r in again]
     for one, other in zip(here, there, strict=True):
         assert one.response_ids != other.response_ids
+
+
+CUTS = {"plain": Decoding(), "top_k": Decoding(top_k=9), "top_p": Decoding(top_k=40, top_p=0.8)}
+
+
+@pytest.mark.parametrize("how", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("words", [7, 300])
+def test_draws_follow_the_distribution(how, words):
+    # Seeds that count, that differ above bit 40, that belong to positions of a block; and steps that count.
+    count, same = torch.arange(20_000), torch.full((20_000,), 5)
+    logits = torch.randn(words, generator=torch.Generator().manual_seed(1)) * 2
+    logits[[0, -1]] = -torch.inf  # banned
+    logits[4] = logits[5]
+    g = model.sampling_logprobs(logits[None], how)[1][0].double().exp()
+    rows = logits.expand(20_000, words)
+    for seeds, offsets in (
+        (count, same),
+        (count << 40, same),
+        (count * 0x1E3779B97F4A7C15, same),
+        (same, count),
+    ):
+        drawn, log_p, log_g = lmdeploy_child.draw(rows, seeds, offsets, how)
+        assert (log_g.double() - g[drawn].log()).abs().max() < 1e-5
+        assert (log_p - logits.log_softmax(-1)[drawn]).abs().max() < 1e-5
+        expected, seen = g * 20_000, torch.bincount(drawn, minlength=words)
+        assert not seen[g == 0].any()
+        often = expected > 5
+        chi_square = ((seen - expected) ** 2 / expected)[often].sum()
+        freedom = int(often.sum()) - 1
+        assert chi_square < freedom + 4.5 * (2 * max(freedom, 3)) ** 0.5
+        few = lmdeploy_child.draw(rows[:3], seeds[:3], offsets[:3], how)[0]
+        assert few.tolist() == drawn[:3].tolist(), "alone as in a batch"
+
+
+def test_a_cut_between_equal_logits_is_the_trainers(tmp_path):
+    # Every token has a twin with the same row in the LM head, and top_k is odd.
+    network = model.load(str(tiny(tmp_path / "plain", **TINY)))
+    with torch.no_grad():
+        head = network.lm_head.weight
+        head[1::2] = head[0::2]
+    save(network, tmp_path / "twins", read_copied(tmp_path / "plain"))
+    engine, how = start(tmp_path / "twins", tmp_path / "log", stops=[]), Decoding(max_tokens=40, top_k=5)
+    rollouts = engine.generate(prompts_of(range(1, 21)), range(20), how)
+    engine.close()
+    trainer = embedded(tmp_path / "twins")
+    for row in pack([replay(r, 4, 1.0) for r in rollouts], 4, trainer.mask_id, 8192):
+        with torch.no_grad():
+            ours = trainer.model.score(row, how).logprobs
+        assert (ours - row.engine_logprobs).abs().max() < 1e-4
 
 
 def test_every_position_draws_uniformly(folder, tmp_path):
