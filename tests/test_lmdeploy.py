@@ -32,7 +32,7 @@ from plumbing.checkpoint import load_tokenizer, read_copied, save, stop_ids, tin
 from plumbing.common import InputError
 from plumbing.config import Rule, load_config
 from plumbing.lmdeploy_engine import child_environment, lmdeploy_problem
-from rollout import Decoding, LMDeployEngine, Rollout, TorchEngine, generate_all
+from rollout import Decoding, LMDeployEngine, Rollout, TorchEngine, generate_all, hold_bound, reveal
 
 pytest.importorskip("lmdeploy", reason="pip install --no-deps -r requirements-lmdeploy.txt")
 TESTS = Path(__file__).parent
@@ -354,6 +354,24 @@ def test_draws_follow_the_distribution(how, words):
         assert chi_square < freedom + 4.5 * (2 * max(freedom, 3)) ** 0.5
         few = lmdeploy_child.draw(rows[:3], seeds[:3], offsets[:3], how)[0]
         assert few.tolist() == drawn[:3].tolist(), "alone as in a batch"
+
+
+@pytest.mark.parametrize("rule", get_args(Rule))
+@pytest.mark.parametrize(
+    "cut", [{}, {"top_k": 50, "top_p": 0.9}, {"top_k": 1}], ids=["plain", "cut", "greedy"]
+)
+def test_nothing_in_a_step_waits_for_the_gpu(monkeypatch, rule, cut):
+    # Meta tensors have no values: to branch on one, or to read a number from it, is an error.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the branch that CUDA takes
+    how = Decoding(rule=rule, **cut)
+    logits = torch.empty(96, 5000, dtype=torch.bfloat16, device="meta")
+    seeds = torch.empty(96, dtype=torch.int64, device="meta")
+    drawn, log_p, log_g = lmdeploy_child.draw(logits, seeds, seeds, how)
+    blocks = log_p.view(-1, 4)
+    revealed = reveal(blocks, torch.empty(24, 4, dtype=torch.bool, device="meta"), how)
+    bounds = hold_bound(blocks, revealed, how).flatten()
+    masses = lmdeploy_child.held_masses(logits, bounds, how)
+    assert drawn.shape == log_p.shape == log_g.shape == bounds.shape == masses.shape == (96,)
 
 
 def test_a_cut_between_equal_logits_is_the_trainers(tmp_path):
