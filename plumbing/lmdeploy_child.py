@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Sampling, sampling_logprobs
+from model import sampling_logprobs
 from plumbing.common import Forgiving
 from plumbing.kernels import log_normalizer
 from plumbing.lmdeploy_engine import LMDEPLOY_VERSION
@@ -136,6 +136,7 @@ def fix_sampling() -> None:
         inputs = make_base(self, seqs)
         if inputs.random_seeds is not None:  # None if all are greedy
             inputs.random_seeds = torch.tensor([seq.sampling_param.random_seed for seq in seqs])
+        inputs.temperature = None  # `draw` divides by it
         return inputs
 
     Base.make_sampling_inputs = with_whole_seeds
@@ -167,7 +168,7 @@ def fix_drawing() -> None:
     Upstream sorts all logits of every row at every step, also if nothing is cut off: values, indices and
     probabilities, [rows, V] in 12 bytes an element, and what the sort itself needs. And it cuts in the dtype
     of the LM head, with rounded sums, and of equal logits it keeps any: the trainer then holds tokens
-    impossible that were drawn.
+    impossible that were drawn. It also rounds the temperature to that dtype: 0.7 becomes 0.6992.
     """
     from lmdeploy.pytorch.engine.logits_process import FusedLogitsProcessor
 
@@ -185,8 +186,8 @@ def draw(
     """A token per row, its log p and its log g: [rows] each, the latter two in float32.
 
     Args:
-        logits: [rows, V], temperature already applied. p is their softmax, g is p after top-k, then
-            top-p: the distributions of `model.sampling_logprobs`.
+        logits: [rows, V], without what is banned. p is their softmax after temperature, g is p after
+            top-k, then top-p: the distributions of `model.sampling_logprobs`.
         seeds: [rows] int64, with `offsets` all that a draw depends on; None if all rows are greedy.
         offsets: [rows] int64, other ones at each step.
     """
@@ -195,12 +196,12 @@ def draw(
     results = []
     for part, point in zip(logits.split(DRAW_ROWS), points.split(DRAW_ROWS), strict=True):
         if cut and not greedy:
-            log_p, log_g = sampling_logprobs(part, Sampling(1.0, how.top_k, how.top_p))
+            log_p, log_g = sampling_logprobs(part, how)
             drawn = pick(log_g.exp(), point)[:, None]
             results.append((drawn, log_p.gather(-1, drawn), log_g.gather(-1, drawn)))
             continue
         # Without a cut g is p, and no [rows, V] log-probabilities are needed.
-        part = part.float()
+        part = part.float() if how.temperature == 1.0 else part.float() / how.temperature
         best = part.amax(-1, keepdim=True)
         weights = (part - best).exp_()
         drawn = part.argmax(-1, keepdim=True) if greedy else pick(weights, point)[:, None]
@@ -243,10 +244,9 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 def held_masses(logits: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> torch.Tensor:
     """Log-probability [rows] that a draw is held below its bound [rows]; logits as for `draw`."""
-    drawn_from = Sampling(1.0, how.top_k, how.top_p)
     masses = []
     for part, bound in zip(logits.split(DRAW_ROWS), bounds.split(DRAW_ROWS), strict=True):
-        masses.append(held_mass(*sampling_logprobs(part, drawn_from), bound))
+        masses.append(held_mass(*sampling_logprobs(part, how), bound))
     return torch.cat(masses)
 
 

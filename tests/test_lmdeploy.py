@@ -324,7 +324,12 @@ def test_every_bit_of_a_seed_counts(both, bit, monkeypatch):
         assert one.response_ids != other.response_ids
 
 
-CUTS = {"plain": Decoding(), "top_k": Decoding(top_k=9), "top_p": Decoding(top_k=40, top_p=0.8)}
+CUTS = {
+    "plain": Decoding(),
+    "top_k": Decoding(top_k=9),
+    "top_p": Decoding(top_k=40, top_p=0.8, temperature=0.6),
+}
+CUTS["temperature"] = Decoding(temperature=1.7)
 
 
 @pytest.mark.parametrize("how", CUTS.values(), ids=CUTS)
@@ -345,7 +350,7 @@ def test_draws_follow_the_distribution(how, words):
     ):
         drawn, log_p, log_g = lmdeploy_child.draw(rows, seeds, offsets, how)
         assert (log_g.double() - g[drawn].log()).abs().max() < 1e-5
-        assert (log_p - logits.log_softmax(-1)[drawn]).abs().max() < 1e-5
+        assert (log_p - (logits / how.temperature).log_softmax(-1)[drawn]).abs().max() < 1e-5
         expected, seen = g * 20_000, torch.bincount(drawn, minlength=words)
         assert not seen[g == 0].any()
         often = expected > 5
@@ -389,6 +394,28 @@ def test_a_cut_between_equal_logits_is_the_trainers(tmp_path):
         with torch.no_grad():
             ours = trainer.model.score(row, how).logprobs
         assert (ours - row.engine_logprobs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0.503}, {"top_p": 0.9}, {"top_k": 50}], ids=str)
+def test_nothing_is_rounded_to_bfloat16_after_the_logits(tmp_path, setting):
+    # Without what the layers add, both sides compute the same logits to the bit.
+    network = model.load(str(tiny(tmp_path / "plain", **TINY)))
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    save(network, tmp_path / "bare", read_copied(tmp_path / "plain"))
+    engine = start(tmp_path / "bare", tmp_path / "log", stops=[], dtype="bfloat16")
+    how = Decoding(max_tokens=40, **setting)  # 0.503 would be 0.5039
+    rollouts = engine.generate(prompts_of([8] * 40), range(40), how)
+    engine.close()
+    trainer = model.load(str(tmp_path / "bare"), torch.bfloat16)
+    for row in pack(
+        [replay(r, 4, 1.0) for r in rollouts], 4, load_tokenizer(str(tmp_path / "bare")).mask_token_id, 8192
+    ):
+        with torch.no_grad():
+            ours = trainer.score(row, how).logprobs
+        assert (ours - row.engine_logprobs).abs().max() < 1e-3
 
 
 def test_every_position_draws_uniformly(folder, tmp_path):
