@@ -580,13 +580,13 @@ class LMDeployEngine(LMDeployProcess):
         """One rollout per (prompt, seed), in that order. See `Engine`.
 
         Raises:
-            InputError: bad prompts, see `needed_positions`; or the engine died three times in a row.
+            InputError: bad prompts, see `needed_positions`, `check_room`; or the engine died three times.
             RuntimeError: an error inside the engine, with its traceback.
         """
         rollouts: list[Rollout | None] = [None] * len(prompts)
         if not prompts:
             return rollouts
-        needed_positions(prompts, how, self.block_size, self.positions)
+        self.check_room(needed_positions(prompts, how, self.block_size, self.positions))
         for i, record in self.records(prompts, seeds, how):
             rollouts[i] = end_rollout(prompts[i], seeds[i], record, how.max_tokens, self.stop_ids)
             done(rollouts[i])

@@ -19,7 +19,7 @@ HEAD = """# Memory: who has the GPU when
 
 Made by `python docs/memory.py` from the code. **All of it is arithmetic: nothing here was measured on a
 GPU.** What had to be estimated stands at the top of plumbing/gpu.py: CUDA contexts, libraries and
-fragmentation of the trainer (3 GiB), context of the engine (0.6 GiB), its working memory per logit.
+fragmentation of the trainer (3 GiB), context of the engine (0.6 GiB) and its captured graphs (1 GiB).
 
 The trainer and the rollout engine of a rank take turns on one GPU:
 

@@ -12,7 +12,7 @@ engine wakes, and the moments are made at the start, not in the middle of a step
 engine's cache is what remains when the trainer is at rest (`room_for_cache`), on the first step and on
 every other one. Checkpoints are written in the rollout phase; room for that is left as well.
 
-What is estimated, since no GPU was there to measure it: CONTEXT, LIBRARIES, and the bytes per logit of
+What is estimated, since no GPU was there to measure it: CONTEXT, LIBRARIES, and what captured graphs take in
 `engine_workspace`. docs/memory.md shows the plan of the shipped configs.
 """
 
@@ -44,7 +44,7 @@ LIBRARIES = 2.4 * GIB  # of the trainer: NCCL, workspaces of cuBLAS, fragmentati
 BUCKET_BYTES = 2**30  # weights travel to LMDeploy's process in pieces of this size, or one parameter
 CACHE_PAGE = 64  # tokens of a cache block, LMDeploy's default
 CACHE_SHARE = 0.95  # of what is left for the engine's cache; the rest is its allocator's
-PREFILL_TOKENS = 8192 + 512  # that LMDeploy computes at once, with room for their logits
+PREFILL_TOKENS = 8192  # that LMDeploy computes at once
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
@@ -116,14 +116,21 @@ def cache_bytes_per_token(shape: Any, itemsize: int) -> int:
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * itemsize
 
 
-def engine_workspace(vocabulary: int, positions: int) -> int:
-    """Bytes that LMDeploy takes beside weights and cache.
+def engine_workspace(shape: Any, positions: int) -> int:
+    """Bytes that LMDeploy takes beside weights and cache, summed up from its code.
 
     Args:
-        positions: that one forward pass decodes, max_batch x block_size. Their logits are sorted where
-            top-k or top-p ask for it: 24 bytes each. (estimated)
+        shape: has the fields of config.json.
+        positions: that one forward pass decodes, max_batch x block_size.
     """
-    return int(24 * positions * vocabulary + 2 * PREFILL_TOKENS * vocabulary + GIB)
+    heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
+    wide = getattr(shape, "num_experts_per_tok", 1) * getattr(shape, "moe_intermediate_size", 0)
+    per_token = 4 * shape.hidden_size + 4 * (heads + 2 * kv_heads) * dim
+    per_token += 6 * max(wide, shape.intermediate_size)
+    layer = (PREFILL_TOKENS + positions) * per_token
+    attention = 16 * positions * heads * (dim + 2)  # its parts, split over the cache
+    logits = 2 * positions * shape.vocab_size + 42 * 64 * shape.vocab_size  # 64 rows at once are drawn from
+    return layer + attention + logits + GIB  # captured graphs, and its allocator's rounding (estimated)
 
 
 def checkpoint_bytes(largest: int) -> int:
@@ -203,7 +210,7 @@ def plan(job: Job, gpu_bytes: float) -> dict[str, dict[str, float]]:
         return {"rollout": rollout, "train": train, "update": update}
 
     # LMDeploy takes what remains as its cache, and leaves a context when it sleeps.
-    workspace = engine_workspace(job.shape.vocab_size, positions)
+    workspace = engine_workspace(job.shape, positions)
     free = gpu_bytes - sum(at_rest.values())
     room = room_for_cache(free, update["engine: weights"], workspace, size["largest"])
     most = per_token * job.max_batch * job.shape.max_position_embeddings

@@ -375,18 +375,8 @@ class Server:
     async def generate(
         self, requests: list[tuple[int, list[int], int]], how: Decoding, stop_ids: list[int]
     ) -> None:
-        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends.
-
-        Raises:
-            RuntimeError: a request can become longer than the whole cache. LMDeploy would cut it short.
-        """
+        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends."""
         RECORDER.how = how
-        longest, room = max(len(prompt) for _, prompt, _ in requests), self.engine.max_session_len
-        if longest + how.max_tokens > room:
-            raise RuntimeError(
-                f"a prompt of {longest} tokens and max_tokens={how.max_tokens} exceed the {room} tokens that "
-                "the key/value cache has for one request: more cache_gib"
-            )
         if self.block_size:
             config = self.agent.agent_strategy.unmasking_processor.dllm_config
             strategy = how.rule if how.rule == "sequential" else f"low_confidence_{how.rule}"
@@ -498,7 +488,7 @@ def serve(conn: Connection, weights_fd: int) -> None:
     async def answer() -> None:
         threading.Thread(target=listen, args=(asyncio.get_running_loop(),), daemon=True).start()
         server = Server(conn, settings, weights_fd)
-        conn.send(("done", None))
+        conn.send(("done", server.engine.max_session_len))
         while True:
             name, arguments = await requests.get()
             try:

@@ -155,7 +155,7 @@ class LMDeployProcess:
         """Blocks of the cache, from what is free on the GPU now, the trainer being at rest.
 
         Raises:
-            InputError: there is no room for a response of full length.
+            InputError: there is no room for any.
         """
         # What one page holds, and what is left for them all.
         c = self.config
@@ -167,12 +167,12 @@ class LMDeployProcess:
             room = GIB
         if not room:
             rest()
-            sizes = [math.prod(shape) for shape in self._shapes.values()]
-            workspace = engine_workspace(c["vocab_size"], self.max_batch * self.block_size)
+            sizes = [math.prod(size) for size in self._shapes.values()]
+            workspace = engine_workspace(shape, self.max_batch * self.block_size)
             free = torch.cuda.mem_get_info()[0]
             room = room_for_cache(free, 2 * sum(sizes), workspace, max(sizes))
 
-        # Not more than all requests can fill, not less than one needs.
+        # Not more than all requests can fill.
         most = -(-self.positions // CACHE_PAGE)  # of one request
         pages = min(int(room // page), self.max_batch * most)
         if pages < 1:
@@ -203,7 +203,7 @@ class LMDeployProcess:
             )
         self._asleep, self._lost = set(), self._own_weights
         self._send(settings)
-        self._receive(self.start_seconds)
+        _, self.longest = self._receive(self.start_seconds)  # request, in tokens, that its cache can hold
 
     def _give_up(self, reason: str) -> None:
         tell(f"last lines of {self.log}:")
@@ -274,6 +274,18 @@ class LMDeployProcess:
         if self._deaths >= 3:
             self._give_up(f"the rollout process died {self._deaths} times in a row, the last time: {reason}")
         tell(f"the rollout process died ({reason}): starting it again")
+
+    def check_room(self, tokens: int) -> None:
+        """Refuse requests of more tokens than the cache holds: LMDeploy would cut them short without a word.
+
+        Raises:
+            InputError: naming cache_gib.
+        """
+        if tokens > self.longest:
+            raise InputError(
+                f"config key cache_gib: {self.cache_gib}, and the engine's cache has room for a request of "
+                f"{self.longest} tokens; a prompt and its response need {tokens}"
+            )
 
     def records(
         self, prompts: list[list[int]], seeds: list[int], how: Any

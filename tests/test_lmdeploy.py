@@ -260,8 +260,8 @@ def test_preemption_changes_no_draw(folder, tmp_path):
 
 def test_a_request_that_the_cache_cannot_hold_is_refused(folder, tmp_path):
     engine = start(folder, tmp_path / "log", stops=[], options={"num_gpu_blocks": 4})
-    message = "a prompt of 70 tokens and max_tokens=59 exceed the 128 tokens that the key/value cache has"
-    with pytest.raises(RuntimeError, match=message):
+    message = "config key cache_gib: 0.0, .* has room for a request of 128 tokens; .* response need 132"
+    with pytest.raises(InputError, match=message):
         engine.generate(prompts_of([5, 70]), [0, 1], Decoding(max_tokens=59))
     (whole,) = engine.generate(prompts_of([70]), [1], Decoding(max_tokens=58))
     engine.close()
