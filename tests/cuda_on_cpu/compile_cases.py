@@ -30,7 +30,7 @@ def flex(dtype: str, dim: str) -> None:
     scaling = int(dim) ** -0.5
     for length in LENGTHS:
         row = packed_row(length)
-        attention = model.FlexRow(row)
+        attention = model.FlexRow(row, kernels.KERNEL_OPTIONS)
         shapes = [(1, heads, len(row), int(dim)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         q, k, v = (
             torch.randn(s, dtype=getattr(torch, dtype), device="cuda", requires_grad=True) for s in shapes

