@@ -2,8 +2,8 @@
 
 fake_gpu.py says what is real (all compilers, down to NVIDIA's assembler) and what is pretended (the device);
 compile_cases.py has the cases. They run in processes of their own, several cases in each, since starting one
-takes seconds. CPU time on one thread of a 2-core machine, torch 2.13 and Triton 3.9: the three layers 86 s, of
-which one is marked `slow`; the scoring of bfloat16 18 s; all four of FlexAttention 61 s, of which three are.
+takes seconds. CPU time on one thread of a 2-core machine, torch 2.13 and Triton 3.9: the three layers 86 s,
+one of them marked `slow`; the scoring of bfloat16 18 s; all four of FlexAttention 61 s, of which three are.
 """
 
 import functools
