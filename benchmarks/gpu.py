@@ -125,12 +125,19 @@ def machine_name() -> str:
 
 # ------------------------------------------------------------------------------------ attention
 
-SIXTY_FOUR = {f"bwd_BLOCK_{side}": 64 for side in ("M1", "N1", "M2", "N2")} | {"bwd_num_warps": 8}
-VARIANTS = {  # for bfloat16 and head dimension 128 on Hopper the backward kernel spills registers
+
+def backward(m1: int, n1: int, m2: int, n2: int, stages: int) -> dict[str, int]:
+    """Kernel options of the backward pass: tiles, 8 warps, stages."""
+    tiles = {"bwd_BLOCK_M1": m1, "bwd_BLOCK_N1": n1, "bwd_BLOCK_M2": m2, "bwd_BLOCK_N2": n2}
+    return tiles | {"bwd_num_warps": 8, "bwd_num_stages": stages}
+
+
+VARIANTS = {  # what torch chooses for bfloat16 and head dimension 128 spills registers; the last three do not
     "as torch chooses": {},
     "2 stages": {"bwd_num_stages": 2},
-    "64 x 64, 8 warps": SIXTY_FOUR,
-    "64 x 64, 8 warps, 2 stages": SIXTY_FOUR | {"bwd_num_stages": 2},
+    "64 x 64, 2 stages": backward(64, 64, 64, 64, 2),
+    "32 x 128, 2 stages": backward(32, 128, 128, 32, 2),
+    "32 x 128, 3 stages": backward(32, 128, 128, 32, 3),
 }
 
 

@@ -262,7 +262,7 @@ def test_a_small_model_takes_no_more_cache_than_its_requests_can_fill():
         ({"checkpointing": "none"}, 35, "config key checkpointing: none"),
         ({}, 25, "config key reduce_once: True"),
         ({"reduce_once": False, "token_budget": 65536}, 30, "config key token_budget: 65536"),
-        ({"max_batch": 1024}, 30, "config key max_batch: 1024"),
+        ({"max_batch": 8192}, 30, "config key max_batch: 8192"),
         ({"cache_gib": 40.0}, 35, "config key cache_gib: 40.0"),
         ({"ranks": 1}, 25, "config key lora_rank: 0"),
         ({"ranks": 2}, 22, "config key cpu_offload: False"),
@@ -388,7 +388,7 @@ def test_the_engine_takes_as_cache_what_the_plan_says(monkeypatch):
 
 
 def test_an_engine_without_room_for_a_cache_is_refused(monkeypatch):
-    engine = lmdeploy_without_process(memory.model_config("1.7B"), monkeypatch, 8)
+    engine = lmdeploy_without_process(memory.model_config("1.7B"), monkeypatch, 5)
     with pytest.raises(InputError, match=r"config key max_batch: 256, and no room is left .* \(-"):
         engine._engine_options()
 

@@ -3,7 +3,7 @@
 fake_gpu.py says what is real (all compilers, down to NVIDIA's assembler) and what is pretended (the device);
 compile_cases.py has the cases. They run in processes of their own, several cases in each, since starting one
 takes seconds. CPU time on one thread of a 2-core machine, torch 2.13 and Triton 3.9: the three layers 86 s,
-one of them marked `slow`; the scoring of bfloat16 18 s; all four of FlexAttention 61 s, of which three are.
+one of them marked `slow`; the scoring of bfloat16 10 s; all four of FlexAttention 61 s, of which three are.
 """
 
 import functools
@@ -28,9 +28,9 @@ pytestmark = [
 GROUPS = [
     ["mask", "flex:bfloat16:128"],
     ["layers:selective", "layers:full"],
-    ["scoring:reveals:bfloat16", "scoring:holds:bfloat16"],
+    ["scoring:bfloat16"],
     ["flex:bfloat16:64", "flex:float32:64", "flex:float32:128"],
-    ["scoring:reveals:float32", "scoring:holds:float32"],
+    ["scoring:float32"],
     ["layers:none"],
 ]
 SLOW = GROUPS[3] + GROUPS[4] + GROUPS[5]
@@ -81,14 +81,9 @@ def test_two_compilations_serve_all_lengths(case):
 
 @cases("scoring")
 def test_scoring_compiles_for_two_lengths_only(case):
-    """Three graphs of each of two functions: the first size, then slices that begin at 0, and others.
-
-    (Torch asks whether a storage offset is 0, 1 or more.) With holds and without, a function has 6 in all;
-    from 8 on torch would give up.
-    """
+    """Two graphs of each of two functions, the first size and then any, wherever slices begin."""
     passes = result(case)["passes"]
-    assert passes[1]["graphs"] <= 6
-    assert {p["graphs"] for p in passes[1:]} == {passes[1]["graphs"]}
+    assert [p["graphs"] for p in passes] == [passes[0]["graphs"]] + [4] * (len(passes) - 1)
     assert {p["compiled"] for p in passes[1:]} == {passes[1]["compiled"]}
     assert not any(p["breaks"] for p in passes)
 
