@@ -25,6 +25,7 @@ from plumbing.common import InputError, check_model, collecting, first_line, wri
 from plumbing.lora import base_parameters, delta_weight
 from plumbing.model_config import MODEL_TYPES, read_config_json
 
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 # --------------------------------------------------------------------------------- reading
@@ -177,7 +178,7 @@ def gather_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
         place.copy_(tensor.to(place.dtype).full_tensor())
     else:
         own = tensor.to_local().to(place.device, place.dtype).contiguous()
-        dist.all_gather_into_tensor(place, own, group=tensor.device_mesh.get_group())
+        ALL_GATHER(place, own, group=tensor.device_mesh.get_group())
 
 
 def as_published(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:

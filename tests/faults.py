@@ -194,13 +194,15 @@ def nan_engine(patch: Callable, call: int, rank: int = -1) -> None:
 def stale(patch: Callable, first: int, last: int, rank: int = -1) -> None:
     """These updates of the engine's weights do nothing (on this rank, else on all)."""
     import rollout
+    from plumbing.checkpoint import gather_into
 
     update, calls = rollout.TorchEngine.update_weights, [0]
 
     def lazy(engine, tensors):
         calls[0] += 1
         if first <= calls[0] <= last and rank in (-1, own_rank()):
-            list(tensors)  # every rank takes part in gathering them
+            for _, tensor in tensors:  # every rank takes part in gathering them
+                gather_into(torch.empty(tensor.shape, dtype=engine.model.dtype), tensor)
         else:
             update(engine, tensors)
 
