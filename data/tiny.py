@@ -13,6 +13,17 @@ so that rejection ends quickly and no length is used up:
     test + validation <= half      or the task is refused
     all four splits   <= half      then no question occurs twice; else training rows may repeat
 
+With `--ways W` SFT answers are written in many equally right ways. At each of its choices a writer
+leaves the one way above with probability W: takes the next term from the right end instead of the left,
+swaps what is added, ends the step with a comma. The questions stay those of W = 0:
+
+    question   3+8+5?
+    responses  5+3=8, 8+8=16 \boxed{16}        3+5=8 8+8=16, \boxed{16}        8+3=11 5+11=16 \boxed{16}
+
+Then a position that is still masked may be one of several right tokens, and tokens that are revealed
+together may belong to different ways: a low threshold makes mistakes, and a policy that settles for one
+way can decode faster. It is the task of benchmarks/speed_reward.py.
+
 Launch:  python data/tiny.py --out data/generated --seed 0
 """
 
@@ -37,18 +48,45 @@ def solve(terms: list[int]) -> str:
     return " ".join([*steps, rf"\boxed{{{sums[-1]}}}"])
 
 
+def solve_some_way(terms: list[int], rng: random.Random, ways: float) -> str:
+    """`solve` with choices: each leaves the way of `solve` with probability `ways`."""
+    rest = list(terms)
+
+    def take() -> int:
+        return rest.pop(-1 if rng.random() < ways else 0)
+
+    text, total = "", take()
+    while rest:
+        pair = [total, take()]
+        total = sum(pair)
+        if rng.random() < ways:
+            pair.reverse()
+        comma = "," if rng.random() < ways else ""
+        text += f"{pair[0]}+{pair[1]}={total}{comma} "
+    return text + rf"\boxed{{{total}}}"
+
+
 def make_example(
-    rng: random.Random, num_terms: tuple[int, int], max_term: int, careless: float = 0.0
+    rng: random.Random,
+    num_terms: tuple[int, int],
+    max_term: int,
+    careless: float = 0.0,
+    ways: float = 0.0,
+    writer: random.Random | None = None,
 ) -> dict[str, str]:
     """One example: "question", "response", "ground_truth_answer". Both ends of num_terms count.
 
     With probability `careless` the response to a sum of the most terms leaves out the last of them.
+
+    Args:
+        ways, writer: see `solve_some_way`; the writer draws nothing if ways is 0.
     """
     terms = [rng.randint(1, max_term) for _ in range(rng.randint(*num_terms))]
     stops_early = rng.random() < careless and len(terms) == num_terms[1]
+    used = terms[:-1] if stops_early else terms
     return {
         "question": "+".join(map(str, terms)) + "?",
-        "response": solve(terms[:-1] if stops_early else terms),
+        "response": solve_some_way(used, writer, ways) if ways else solve(used),
         "ground_truth_answer": str(sum(terms)),
     }
 
@@ -59,6 +97,7 @@ def make_splits(
     num_terms: tuple[int, int],
     max_term: int,
     careless: float = 0.0,
+    ways: float = 0.0,
 ) -> dict[str, list[dict[str, str]]]:
     """Examples of "test", "validation", "sft" and "rl", as many as sizes says.
 
@@ -74,13 +113,13 @@ def make_splits(
             "--validation"
         )
     training_may_repeat = sum(sizes.values()) > half
-    rng = random.Random(seed)
+    rng, writer = random.Random(seed), random.Random(f"writer {seed}")
     taken: set[str] = set()
     splits: dict[str, list[dict[str, str]]] = {}
     for name in ("test", "validation", "sft", "rl"):
         examples = splits[name] = []
         while len(examples) < sizes[name]:
-            example = make_example(rng, num_terms, max_term, careless)
+            example = make_example(rng, num_terms, max_term, careless, ways, writer)
             if example["question"] in taken:
                 continue
             examples.append(example)
@@ -136,9 +175,11 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--careless", type=float, default=0.7, help="share of longest sums that SFT answers wrong"
     )
+    parser.add_argument("--ways", type=float, default=0.0, help="share of choices that leave the one way")
     options = parser.parse_args(argv)
-    if not 0 <= options.careless <= 1:
-        parser.error(f"--careless must be between 0 and 1, got {options.careless}")
+    for name in ("careless", "ways"):
+        if not 0 <= getattr(options, name) <= 1:
+            parser.error(f"--{name} must be between 0 and 1, got {getattr(options, name)}")
     smallest = {"seed": 0, "sft": 0, "rl": 0, "validation": 0, "test": 0}
     smallest |= {"min_terms": 2, "max_terms": options.min_terms, "max_term": 1}
     for name, bound in smallest.items():
@@ -154,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(argv)
     sizes = {name: getattr(options, name) for name in ("sft", "rl", "validation", "test")}
     num_terms = (options.min_terms, options.max_terms)
-    splits = make_splits(options.seed, sizes, num_terms, options.max_term, options.careless)
+    splits = make_splits(options.seed, sizes, num_terms, options.max_term, options.careless, options.ways)
     lines = {
         options.out / f"{name}.jsonl": [json.dumps(to_row(example, name)) for example in splits[name]]
         for name in sizes
