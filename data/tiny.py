@@ -13,16 +13,15 @@ so that rejection ends quickly and no length is used up:
     test + validation <= half      or the task is refused
     all four splits   <= half      then no question occurs twice; else training rows may repeat
 
-With `--ways W` SFT answers are written in many equally right ways. At each of its choices a writer
-leaves the one way above with probability W: takes the next term from the right end instead of the left,
-swaps what is added, ends the step with a comma. The questions stay those of W = 0:
+With `--ways W` SFT answers add the terms in many equally right orders: each next term is the first of
+those that are left, or with probability W the last. The questions stay those of W = 0:
 
     question   3+8+5?
-    responses  5+3=8, 8+8=16 \boxed{16}        3+5=8 8+8=16, \boxed{16}        8+3=11 5+11=16 \boxed{16}
+    responses  3+8=11 11+5=16 \boxed{16}        5+8=13 13+3=16 \boxed{16}        3+5=8 8+8=16 \boxed{16}
 
 Then a position that is still masked may be one of several right tokens, and tokens that are revealed
-together may belong to different ways: a low threshold makes mistakes, and a policy that settles for one
-way can decode faster. It is the task of benchmarks/speed_reward.py.
+together may belong to different orders: a low threshold makes mistakes, and a policy that settles for one
+order can decode faster. It is the task of benchmarks/speed_reward.py.
 
 Launch:  python data/tiny.py --out data/generated --seed 0
 """
@@ -49,7 +48,7 @@ def solve(terms: list[int]) -> str:
 
 
 def solve_some_way(terms: list[int], rng: random.Random, ways: float) -> str:
-    """`solve` with choices: each leaves the way of `solve` with probability `ways`."""
+    """`solve`, with each term taken from the right end of those left with probability `ways`."""
     rest = list(terms)
 
     def take() -> int:
@@ -57,12 +56,9 @@ def solve_some_way(terms: list[int], rng: random.Random, ways: float) -> str:
 
     text, total = "", take()
     while rest:
-        pair = [total, take()]
-        total = sum(pair)
-        if rng.random() < ways:
-            pair.reverse()
-        comma = "," if rng.random() < ways else ""
-        text += f"{pair[0]}+{pair[1]}={total}{comma} "
+        term = take()
+        text += f"{total}+{term}={total + term} "
+        total += term
     return text + rf"\boxed{{{total}}}"
 
 
@@ -175,7 +171,9 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--careless", type=float, default=0.7, help="share of longest sums that SFT answers wrong"
     )
-    parser.add_argument("--ways", type=float, default=0.0, help="share of choices that leave the one way")
+    parser.add_argument(
+        "--ways", type=float, default=0.0, help="share of terms that SFT takes from the right end"
+    )
     options = parser.parse_args(argv)
     for name in ("careless", "ways"):
         if not 0 <= getattr(options, name) <= 1:

@@ -103,54 +103,24 @@ def test_careless_answers_leave_out_the_last_term_of_the_longest_sums(tmp_path: 
     assert 0.68 < careless / longest < 0.72
 
 
-def readings(response: str, terms: list[int]) -> list[tuple[list[bool], list[bool], list[bool]]]:
-    """Every way to write it: which takes were from the right end, which sums swapped, which had a comma."""
-    *steps, box = response.split(" ")
-    found = []
-
-    def walk(rest: list[int], total: int, left: list[str], ends: list, swaps: list, commas: list) -> None:
-        if not left:
-            if not rest and box == "\\boxed{" + str(total) + "}":
-                found.append((ends, swaps, commas))
-            return
-        first, second, result, comma = re.fullmatch(r"(\d+)\+(\d+)=(\d+)(,?)", left[0]).groups()
-        for from_right in (False, True):
-            others, term = (rest[:-1], rest[-1]) if from_right else (rest[1:], rest[0])
-            for swapped in (False, True):
-                pair = (term, total) if swapped else (total, term)
-                if (int(first), int(second)) == pair and int(result) == total + term:
-                    now = [*ends, from_right], [*swaps, swapped], [*commas, comma == ","]
-                    walk(others, total + term, left[1:], *now)
-
-    walk(terms[1:], terms[0], steps, [False], [], [])
-    walk(terms[:-1], terms[-1], steps, [True], [], [])
-    return found
-
-
 @pytest.mark.parametrize("ways", [0.2, 0.5])
 def test_ways_are_right_and_as_frequent_as_asked(tmp_path: Path, ways: float) -> None:
     shape = ["--min-terms", "4", "--max-terms", "4", "--rl", "0", "--careless", "0"]
     rows = generate(tmp_path, *shape, "--sft", "4000", "--ways", str(ways))["sft.jsonl"]
-    ends, swaps, commas, from_both_ends = [], [], [], []
+    from_the_right = []
     for row in rows:
         question, response = (turn["content"] for turn in row["messages"])
-        terms = terms_of(question)
-        found = readings(response, terms)
-        assert found, f"{question} {response}"
-        if len(set(terms)) == 4:  # else a term may be either of two
-            first_pair = set(map(int, response.split("=")[0].split("+")))
-            from_both_ends.append(first_pair == {terms[0], terms[-1]})
-            ends.append(found[0][0][2])
-            swaps += found[0][1][1:]
-            commas += found[0][2]
-    assert len(ends) > 1500
-    for choices, expected in (
-        (ends, ways),
-        (swaps, ways),
-        (commas, ways),
-        (from_both_ends, 2 * ways * (1 - ways)),
-    ):
-        assert abs(sum(choices) / len(choices) - expected) < 0.03
+        left = terms_of(question)
+        used = [int(response.split("+")[0]), *(int(part.split("=")[0]) for part in response.split("+")[1:])]
+        check_response("+".join(map(str, used)) + "?", response)
+        assert sorted(used) == sorted(left)
+        if len(set(left)) < 4:  # else one cannot tell which of two equal terms was used
+            continue
+        for term in used[:-1]:
+            from_the_right.append(term == left[-1])
+            assert term == left.pop(-1 if from_the_right[-1] else 0)
+    assert len(from_the_right) > 5000
+    assert abs(sum(from_the_right) / len(from_the_right) - ways) < 0.02
 
 
 def test_ways_change_the_sft_answers_only(tmp_path: Path) -> None:
