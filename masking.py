@@ -269,7 +269,7 @@ def replay(
     block_size: int,
     weight: float,
     exact: bool = False,
-    advantage: float = 0.0,
+    advantage: float | list[float] = 0.0,
 ) -> Views:
     """The views that a decoder saw, one per (block, denoising step) that happened.
 
@@ -283,7 +283,8 @@ def replay(
         block 1, step 4: 9 1 _ 3   reveals 2
 
     Args:
-        weight, advantage: in the loss, the same for every action of the trajectory.
+        weight: in the loss, the same for every action of the trajectory.
+        advantage: likewise, or one per token [R], for all actions at its position.
 
     Raises:
         ValueError: the trajectory is not whole blocks, or exact and its holds were not recorded.
@@ -298,6 +299,9 @@ def replay(
     steps[prompt:] = trajectory.steps
     logprobs[prompt:] = trajectory.logprobs
 
+    of_position = np.zeros(ids.size)
+    of_position[prompt:] = advantage
+
     # A view per (block, step) that happened, in order; in the example block 0 0 1 1, step 1 2 3 4. Within
     # their blocks they are number 0 1 0 1.
     blocks = np.arange(prompt, ids.size) // block_size
@@ -311,8 +315,14 @@ def replay(
     engine_logprobs = np.where(revealed, logprobs[at], np.nan)
     bounds = np.zeros(at.shape)
     if exact:
+        # Holds have bounds on record. A reveal gets that of its view: 0, if nothing held there; infinity,
+        # if its position was the only one masked. (Dithered thresholds look at it.)
         held = masked & ~revealed
         bounds[held], engine_logprobs[held] = _of_holds(trajectory, at - prompt, number, held)
+        of_view = np.where(held, bounds, np.inf).min(-1)
+        of_view[~held.any(-1)] = 0.0
+        of_view[masked.sum(-1) == 1] = np.inf
+        bounds = np.where(revealed, of_view[:, None], bounds)
     return Views(
         ids=ids,
         block=block,
@@ -321,7 +331,7 @@ def replay(
         targets=np.where(revealed, ids[at], HOLD),
         bounds=bounds,
         weights=np.full(at.shape, weight),
-        advantages=np.full(at.shape, advantage),
+        advantages=of_position[at],
         engine_logprobs=engine_logprobs,
     )
 
@@ -395,6 +405,25 @@ def noise(
         targets=tokens[block],
         bounds=np.zeros(masked.shape),
         weights=1 / (rate[happened] * views),
+        advantages=np.zeros(masked.shape),
+        engine_logprobs=np.full(masked.shape, np.nan),
+    )
+
+
+def all_masked(ids: list[int], prompt_tokens: int, block_size: int) -> Views:
+    """One view of every block with response tokens, none of which it knows; each counts 1."""
+    tokens = np.array(ids).reshape(-1, block_size)
+    masked = (np.arange(len(ids)) >= prompt_tokens).reshape(-1, block_size)
+    block = np.flatnonzero(masked.any(-1))
+    masked = masked[block]
+    return Views(
+        ids=tokens.ravel(),
+        block=block,
+        masked=masked,
+        is_scored=masked,
+        targets=tokens[block],
+        bounds=np.zeros(masked.shape),
+        weights=np.ones(masked.shape),
         advantages=np.zeros(masked.shape),
         engine_logprobs=np.full(masked.shape, np.nan),
     )

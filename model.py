@@ -79,6 +79,12 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0  # 0: off; 1: greedy
     top_p: float = 1.0
+    threshold: float = 0.9  # rule "dynamic": confidence that is enough to reveal
+    dither: float = 0.0  # dynamic: every position and step draws its threshold, up to so much lower
+
+    def reach(self, log_p: torch.Tensor) -> torch.Tensor:
+        """F(p): the probability that a draw of confidence p reaches its threshold, where that is dithered."""
+        return ((log_p.exp() - (self.threshold - self.dither)) / self.dither).clamp(0, 1)
 
 
 @dataclass
@@ -135,11 +141,34 @@ def score_logits(logits: torch.Tensor, targets: torch.Tensor, bounds: torch.Tens
     logprobs = log_g.gather(-1, targets.clamp(min=0)[:, None])[:, 0]  # HOLD is -1: replaced below
     g = log_g.exp()
     held = targets == HOLD
+    if how.dither:
+        confidence = log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+        logprobs = logprobs + log_reached(confidence, bounds, how)
     if held.any():
-        mass = torch.where(log_p.float() < bounds[:, None], g, 0).sum(-1)
+        mass = torch.where(log_p.float() < bounds[:, None], held_draws(log_p, g, how), 0).sum(-1)
         logprobs = torch.where(held, mass.clamp(min=FLOOR).log(), logprobs)
     entropy = torch.special.entr(g.detach()).sum(-1)
     return Scores(logprobs.clamp(min=LOG_FLOOR), entropy)
+
+
+def held_draws(log_p: torch.Tensor, g: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """[..., V]: the probability that a token is drawn and, if thresholds are dithered, misses its own."""
+    return g * (1 - how.reach(log_p)) if how.dither else g
+
+
+def log_reached(log_p: torch.Tensor, bounds: torch.Tensor, how: Sampling) -> torch.Tensor:
+    """Of a revealed draw with dithered thresholds: log-probability that it did, or did not, reach its own.
+
+    Args:
+        log_p: [M] its confidence.
+        bounds: [M] of its step. The upper threshold or more: it was reached; less: nothing reached its
+            own, and this draw was the most confident one; infinity: the only masked position, which is
+            revealed in any case.
+    """
+    reached = how.reach(log_p)
+    forced = bounds < math.log(how.threshold)
+    chance = torch.where(forced, 1 - reached, reached).clamp(min=FLOOR).log()
+    return torch.where(bounds == torch.inf, 0.0, chance)
 
 
 # ------------------------------------------------------------------------ the network
@@ -198,7 +227,8 @@ class BlockDiffusion:
             return score_logits(self.lm_head(hidden), targets, bounds, how)
 
         # Many, drawn from the whole softmax: with the gradient written out, which is the fastest.
-        if how.top_k == 0 and how.top_p == 1.0 and type(self.lm_head) is torch.nn.Linear:
+        plain = how.top_k == 0 and how.top_p == 1.0 and not how.dither
+        if plain and type(self.lm_head) is torch.nn.Linear:
             weight = self.lm_head.weight
             return Scores(*ScoreChunks.apply(hidden, weight, targets, bounds, how.temperature, LOG_FLOOR))
 

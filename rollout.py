@@ -37,7 +37,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from masking import Trajectory
-from model import FLOOR, BlockCache, Sampling, choose_block_size, load, sampling_logprobs
+from model import (
+    FLOOR,
+    BlockCache,
+    Sampling,
+    choose_block_size,
+    held_draws,
+    load,
+    log_reached,
+    sampling_logprobs,
+)
 from plumbing.checkpoint import (
     check_weights,
     encode_prompt,
@@ -75,7 +84,6 @@ class Decoding(Sampling):
     """Everything that decides what a request generates, except its prompt and its seed."""
 
     rule: Rule = "dynamic"  # which positions are revealed
-    threshold: float = 0.9  # dynamic: confidence that is enough to reveal
     denoising_steps: int = 4  # static and sequential: steps per block
     max_tokens: int = 256  # new tokens; the last block may exceed it
     min_tokens: int = 0  # no stop token is drawn in a block that begins before so many new tokens
@@ -140,12 +148,15 @@ def end_rollout(
 # ------------------------------------------------------------------------------ the rules
 
 
-def reveal(confidence: torch.Tensor, masked: torch.Tensor, how: Decoding) -> torch.Tensor:
+def reveal(
+    confidence: torch.Tensor, masked: torch.Tensor, how: Decoding, log_tau: torch.Tensor | None = None
+) -> torch.Tensor:
     """Which masked positions are revealed now: [..., B] booleans.
 
     Args:
         confidence: [..., B] log p_j(v_j) of what was drawn; ignored where nothing is masked.
         masked: [..., B] what is still unknown. A block without masks reveals nothing.
+        log_tau: [..., B] dynamic: what log c_j has to reach; None: the threshold's.
     """
     block_size = confidence.shape[-1]
     count = max(1, block_size // how.denoising_steps)
@@ -158,7 +169,9 @@ def reveal(confidence: torch.Tensor, masked: torch.Tensor, how: Decoding) -> tor
     best = confidence.argsort(dim=-1, descending=True, stable=True)[..., :count]
     chosen = torch.zeros_like(masked).scatter(-1, best, True)
     if how.rule == "dynamic":
-        chosen = chosen | (confidence >= log_threshold(how))
+        reached = masked & (confidence >= (log_threshold(how) if log_tau is None else log_tau))
+        # Thresholds differ if they are dithered: the most confident one may have missed its own.
+        chosen = torch.where(reached.any(-1, keepdim=True), reached, chosen)
     return chosen & masked
 
 
@@ -167,10 +180,13 @@ def log_threshold(how: Decoding) -> float:
     return math.log(how.threshold) if how.threshold > 0 else -math.inf
 
 
-def hold_bound(confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding) -> torch.Tensor:
-    """The log p below which a draw was held at this step: [..., B] from [..., B].
+def hold_bound(
+    confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding, log_tau: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The log p below which a draw was held at this step: [..., B] from [..., B]; log_tau as for `reveal`.
 
-    dynamic: the threshold's if it was reached, else that of the one revealed; static: the least revealed;
+    dynamic: the threshold's (if dithered, the highest) if it was reached, else that of the one revealed;
+    static: the least revealed;
     sequential: infinity, since any draw would have been held. Of two equally confident positions the left
     one is revealed first. So right of the least revealed an equal draw was held too, and the bound is the
     next larger number.
@@ -182,13 +198,15 @@ def hold_bound(confidence: torch.Tensor, revealed: torch.Tensor, how: Decoding) 
     last_least = torch.where(revealed & (confidence == least), position, -1).amax(-1, keepdim=True)
     bound = torch.where(position > last_least, least.nextafter(torch.full_like(least, torch.inf)), least)
     if how.rule == "dynamic":
-        bound = torch.where(least >= log_threshold(how), log_threshold(how), bound)
+        needed = log_threshold(how) if log_tau is None else log_tau
+        reached = (revealed & (confidence >= needed)).any(-1, keepdim=True)
+        bound = torch.where(reached, log_threshold(how), bound)
     return bound
 
 
-def held_mass(log_p: torch.Tensor, log_g: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def held_mass(log_p: torch.Tensor, log_g: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> torch.Tensor:
     """Log-probability [...] that a draw is held: of g where log p, both [..., V], is below bounds [...]."""
-    mass = torch.where(log_p < bounds[..., None], log_g.exp(), 0).sum(-1)
+    mass = torch.where(log_p < bounds[..., None], held_draws(log_p, log_g.exp(), how), 0).sum(-1)
     return mass.clamp(min=FLOOR).log()
 
 
@@ -459,13 +477,17 @@ class _Batch:
         # Draw at every masked position, and reveal some.
         self._ban(logits, positions[:, 0] - self.prompt_tokens[slots])
         log_p, log_g = sampling_logprobs(logits, self.how)
-        drawn = self._draw(log_g, [self.requests[s] for s in running], denoising.tolist())
+        drawn, log_tau = self._draw(log_g, [self.requests[s] for s in running], denoising.tolist())
         confidence = log_p.gather(-1, drawn[..., None])[..., 0]
-        revealed = reveal(confidence, masked, self.how)
+        revealed = reveal(confidence, masked, self.how, log_tau)
 
         # The record of what was revealed, and what the others held.
         step = torch.tensor([self.requests[s].steps for s in running], device=device)
         logprob = log_g.gather(-1, drawn[..., None])[..., 0]
+        bounds = hold_bound(confidence, revealed, self.how, log_tau) if self.how.holds else None
+        if self.how.dither and self.how.holds:
+            of_step = torch.where(masked.sum(-1, keepdim=True) == 1, torch.inf, bounds.amin(-1, keepdim=True))
+            logprob = logprob + log_reached(confidence, of_step, self.how)
         for state, new in (  # what is not revealed now keeps its value
             (self.ids, drawn),
             (self.steps, step[:, None]),
@@ -475,8 +497,7 @@ class _Batch:
         if self.how.holds:
             number = self.number[slots]
             self.number[slots] = torch.where(denoising, number + 1, 0)
-            bounds = hold_bound(confidence, revealed, self.how)
-            held = torch.stack([bounds, held_mass(log_p, log_g, bounds)], -1)  # [S, B, 2]
+            held = torch.stack([bounds, held_mass(log_p, log_g, bounds, self.how)], -1)  # [S, B, 2]
             self.holds[(*at, number[:, None].clamp(max=b - 1))] = held
         self.masked[at] = masked & ~revealed
 
@@ -506,20 +527,31 @@ class _Batch:
             stops = self.engine.stop_ids
             logits[..., stops] = logits[..., stops].masked_fill(early[:, None, None], -torch.inf)
 
-    def _draw(self, log_g: torch.Tensor, requests: list[_Request], denoising: list[bool]) -> torch.Tensor:
+    def _draw(
+        self, log_g: torch.Tensor, requests: list[_Request], denoising: list[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[S, B] tokens: each is where g's distribution function passes a uniform number.
+
+        And [S, B] what their log p has to reach, if thresholds are dithered.
 
         The numbers come from the request's own stream, so they are the same in any batch.
         """
         b = log_g.shape[1]
         uniform = torch.zeros(len(requests), b, dtype=torch.double)
+        lower = torch.zeros(len(requests), b, dtype=torch.double)
         for i, request in enumerate(requests):
             if denoising[i]:
                 request.steps += 1
                 uniform[i] = torch.rand(b, dtype=torch.double, generator=request.random)
+                if self.how.dither:
+                    lower[i] = torch.rand(b, dtype=torch.double, generator=request.random)
         cumulative = log_g.double().exp().cumsum(-1)  # [S, B, V], at its end 1 up to rounding
         point = uniform.to(log_g.device)[..., None] * cumulative[..., -1:]
-        return torch.searchsorted(cumulative, point, right=True)[..., 0].clamp(max=log_g.shape[-1] - 1)
+        drawn = torch.searchsorted(cumulative, point, right=True)[..., 0].clamp(max=log_g.shape[-1] - 1)
+        if not self.how.dither:
+            return drawn, None
+        tau = (self.how.threshold - self.how.dither * lower).clamp(min=FLOOR)
+        return drawn, tau.log().to(log_g)
 
     def _leave(self, slot: int) -> tuple[int, Rollout]:
         """Take a finished request out of the batch and make its record."""

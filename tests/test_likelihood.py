@@ -7,6 +7,7 @@ score_logits. The likelihoods must sum to 1, be the enumerated probabilities one
 score-function gradient must be the gradient of the expected reward.
 """
 
+import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class Table:
             number = number * (self.vocabulary + 1) + token
         return number
 
-    def distributions(self, state, how) -> tuple[list[list[float]], list[list[torch.Tensor]]]:
-        """p as floats and g as float64 tensors with gradient, at each position, token by token."""
+    def distributions(self, state, how) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
+        """p and g as float64 tensors with gradient, at each position, token by token."""
         p_all, g_all = [], []
         for row in self.rounded[self.number(state)].double():
             p = (row / how.temperature).exp()
@@ -66,7 +67,7 @@ class Table:
                 before += p[v].item()
             whole = sum(p[v] for v in nucleus)
             g_all.append([p[v] / whole if v in nucleus else 0 * p[v] for v in range(len(row))])
-            p_all.append(p.tolist())
+            p_all.append(p)
         return p_all, g_all
 
 
@@ -93,7 +94,7 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
             )  # fmt: skip
             finished.append(Trajectory(probability, rollout))
             return
-        _, g = table.distributions(state, how)
+        p, g = table.distributions(state, how)
         log_p, _ = sampling_logprobs(table.rounded[table.number(state)], how)  # as the engine computes it
         after: dict[tuple, tuple] = {}
         for draw in itertools.product(range(table.vocabulary), repeat=len(masked)):
@@ -105,13 +106,16 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
             confidence = torch.zeros(b)
             for j, v in zip(masked, draw, strict=True):
                 confidence[j] = log_p[j, v]
-            shown = reveal(confidence, torch.tensor([t == mask for t in state]), how)
-            bound = hold_bound(confidence, shown, how).tolist()
             new = dict(zip(masked, draw, strict=True))
-            target = tuple(new[j] if shown[j] else state[j] for j in range(b))
-            total, _ = after.get(target, (0.0, 0.0))
-            after[target] = (total + chance, bound)
-        for target, (chance, bound) in after.items():
+            for likely, log_tau in thresholds(p, new, how, b):
+                shown = reveal(confidence, torch.tensor([t == mask for t in state]), how, log_tau)
+                bound = hold_bound(confidence, shown, how, log_tau).tolist()
+                target = tuple(new[j] if shown[j] else state[j] for j in range(b))
+                # Whether a reveal was forced is part of the record, where something held.
+                key = target, how.dither > 0 and mask in target and max(bound) < math.log(how.threshold)
+                total, _ = after.get(key, (0.0, 0.0))
+                after[key] = (total + chance * likely, bound)
+        for (target, _), (chance, bound) in after.items():
             news = {j: (target[j], step) for j in masked if target[j] != mask}
             held = {j: [*holds.get(j, []), bound[j]] for j in masked if target[j] == mask}
             walk(target, step + 1, probability * chance, record | news, holds | held)
@@ -119,6 +123,23 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
     start = tuple(prompt[len(prompt) - known :]) + (mask,) * (b - known)
     walk(start, 1, torch.ones((), dtype=torch.double), {}, {})
     return finished
+
+
+def thresholds(p, new, how, b) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(probability, log tau [B]) of each outcome of the draws `new`: which reach their threshold."""
+    if not how.dither:
+        return [(torch.ones((), dtype=torch.double), None)]
+    outcomes = []
+    for reached in itertools.product((True, False), repeat=len(new)):
+        log_tau, likely = torch.zeros(b), torch.ones((), dtype=torch.double)
+        for (j, v), reaches in zip(new.items(), reached, strict=True):
+            # tau is uniform on [threshold - dither, threshold]; the chance that it is at most p
+            below = ((p[j][v] - how.threshold + how.dither) / how.dither).clamp(0, 1)
+            likely = likely * (below if reaches else 1 - below)
+            log_tau[j] = -math.inf if reaches else math.inf
+        if likely > 0:
+            outcomes.append((likely, log_tau))
+    return outcomes
 
 
 def log_likelihoods(table, how, trajectories, exact: bool) -> torch.Tensor:
@@ -145,6 +166,12 @@ CASES = {
     "dynamic, temperature": (3, 3, Decoding(temperature=0.6, threshold=0.6), []),
     "dynamic, top-k": (3, 3, Decoding(top_k=2, threshold=0.6), []),
     "dynamic, top-p": (3, 3, Decoding(top_p=0.85, threshold=0.5), []),
+    "dithered": (3, 3, Decoding(threshold=0.9, dither=0.4), []),
+    "dithered down to 0": (3, 3, Decoding(threshold=1.0, dither=1.0), []),
+    "dithered, the prompt's tail in the block": (3, 3, Decoding(threshold=0.6, dither=0.5), [0, 2, 1, 1]),
+    "dithered, temperature": (3, 3, Decoding(temperature=0.6, threshold=0.9, dither=0.6), []),
+    "dithered, top-k": (3, 3, Decoding(top_k=2, threshold=0.7, dither=0.6), []),
+    "dithered, top-p": (3, 3, Decoding(top_p=0.85, threshold=0.7, dither=0.6), []),
     "static, k = 1": (3, 3, Decoding(rule="static", denoising_steps=3), []),
     "static, k = 2": (2, 4, Decoding(rule="static", denoising_steps=2), []),
     "static, all at once": (3, 3, Decoding(rule="static", denoising_steps=1), []),
@@ -172,7 +199,8 @@ def test_exact_likelihood_is_the_probability_of_the_trajectory(v, b, how, prompt
     assert exact.exp().sum().item() == pytest.approx(1, abs=2e-6)
     torch.testing.assert_close(exact.double(), probability.log(), atol=1e-5, rtol=0)
 
-    tokens = log_likelihoods(table, how, trajectories, exact=False)
+    how_tokens = dataclasses.replace(how, dither=0.0)  # which the likelihood of the tokens does not know
+    tokens = log_likelihoods(table, how_tokens, trajectories, exact=False)
     if how.rule == "sequential" or how.denoising_steps == 1:  # nothing ever holds by chance
         torch.testing.assert_close(tokens, exact)
     else:

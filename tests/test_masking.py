@@ -306,10 +306,15 @@ def test_replay_against_a_walk_through_the_decoder(block_size, exact):
             members = range(block * block_size, (block + 1) * block_size)
             shown = tuple(ids[i] if steps[i] < step else MASK for i in members)
             before = len({steps[i] for i in members if 0 < steps[i] < step})
+            of_step = 0.0  # the bound of its reveals
+            if exact:
+                held_at = [i - len(r.prompt_ids) for i in members if steps[i] > step]
+                none_held = np.inf if len(decided) == 1 else 0.0
+                of_step = min((r.hold_bounds[at][before] for at in held_at), default=none_held)
             for i in members:
                 at, numbers = i - len(r.prompt_ids), (0.25 * (index + 1), index - 3)
                 if i in decided:
-                    wanted[index, shown, i] = (ids[i], 0.0, *numbers, r.logprobs[at])
+                    wanted[index, shown, i] = (ids[i], of_step, *numbers, r.logprobs[at])
                 elif steps[i] > step and exact:
                     held = r.hold_bounds[at][before], r.hold_logprobs[at][before]
                     wanted[index, shown, i] = (HOLD, held[0], *numbers, held[1])
