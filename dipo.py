@@ -51,6 +51,11 @@ class DiPOConfig(TrainConfig):
 
     advantage_std: bool = setting(True, "divide by the group's standard deviation", heading="Objective")
     normalize_each: bool = setting(False, "normalise every reward separately before they are added")
+    speed_credit: float = setting(0.0, "weight of speed_credits, added to the advantages of right answers")
+    credit_per: Literal["answer", "block", "position"] = setting("answer", "whose steps: see speed_credits")
+    certainty: float = setting(0.0, "weight of the NLL of right answers, see certainty_views")
+    certainty_on: Literal["right", "fast"] = setting("right", "all, or those of average speed and more")
+    certainty_at: Literal["first", "noise"] = setting("first", "blocks all masked, or tokens at random")
     likelihood: Literal["tokens", "exact"] = setting("tokens", "score reveals, or reveals and holds")
     normalizer: Literal["group", "batch", "sequence"] = setting("group", "see action_weight")
     clip_low: float = setting(0.2, "no gradient from ratios below 1 - clip_low if the advantage is negative")
@@ -69,6 +74,9 @@ class DiPOConfig(TrainConfig):
 
     rule: Rule = setting("dynamic", "decoding rule", heading="Decoding of the rollouts")
     threshold: float = setting(0.9, "dynamic: confidence that is enough to reveal", at_most=1)
+    dither: float = setting(
+        0.0, "dynamic: each position and step draws its threshold from [threshold - dither, threshold]"
+    )
     denoising_steps: int = setting(4, "static, sequential: steps per block", above=0)
     temperature: float = setting(1.0, "of rollouts, and of the policy that is trained", above=0)
     top_k: int = setting(0, "likewise; 0: off")
@@ -93,14 +101,16 @@ if __name__ == "__main__":  # a bad argument is answered before the imports belo
     CONFIG = read_arguments(DiPOConfig)
 
 import math
+import statistics
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from evaluate import evaluate_now
-from masking import HOLD, Packed, pack, replay
-from model import choose_block_size, load_for_training
+from masking import HOLD, Packed, all_masked, noise, pack, replay
+from model import Sampling, choose_block_size, load_for_training
 from plumbing.checkpoint import encode_prompt, gathered, load_tokenizer, named_weights
 from plumbing.common import DataOrder, Stopwatch, progress
 from plumbing.gpu import check_memory, reshard, to_engine, to_trainer
@@ -130,6 +140,7 @@ class Group:
     totals: list[float]  # per rollout, the weighted sum
     advantages: list[float]  # per rollout
     useful: bool = True  # whether there is something to learn from it: config.keep_groups
+    credits: list[list[float]] | None = None  # per rollout and token, see speed_credits; None: none
 
     @property
     def trajectory_tokens(self) -> int:
@@ -145,10 +156,12 @@ def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
             noted(value, f"reward {name} of a response to {graded[0].question.where}")
     totals = [reward.total(r, config.rewards) for r in rewards]
     advantages = group_advantages(rewards, totals, config)
-    useful = any(advantages)
+    credits = speed_credits(graded, config) if config.speed_credit else None
+    useful = any(advantages) or any(map(any, credits or []))
+    useful = useful or bool(config.certainty and any(g.correct for g in graded))
     if config.keep_groups == "correctness":
         useful = len({g.correct for g in graded}) == 2
-    return Group(number, graded, rewards, totals, advantages, useful)
+    return Group(number, graded, rewards, totals, advantages, useful, credits)
 
 
 def group_advantages(rewards: list[dict[str, float]], totals: list[float], config: DiPOConfig) -> list[float]:
@@ -172,6 +185,51 @@ def group_advantages(rewards: list[dict[str, float]], totals: list[float], confi
         for i, value in enumerate(normalized([r[name] for r in rewards], by_std=True)):
             summed[i] += weight * value
     return summed
+
+
+def speed_credits(graded: list[Graded], config: DiPOConfig) -> list[list[float]]:
+    """How many steps each token of a right answer saved, against the mean of the group's other right answers.
+
+    The steps that count for a token, by config.credit_per:
+
+        answer     those of its block and of all later ones: what its decision can still influence
+        block      those of its block
+        position   those until it was revealed
+
+    They are compared at the same position, in units of the standard deviation of the whole answers' steps,
+    and weighted by config.speed_credit. Zero for wrong answers, and where nothing can be compared.
+    `answer` is the policy gradient of the number of steps, with less noise than one advantage for all; the
+    others leave out what a decision does to the rest of the answer.
+    """
+    counts: dict[int, list[int]] = {}  # by index of a right answer: what counts for each token
+    for i, g in enumerate(graded):
+        if g.correct:
+            counts[i] = counted_steps(g.rollout, g.block_size, config.credit_per)
+    credits = [[0.0] * len(g.rollout.steps) for g in graded]
+    steps = [graded[i].rollout.num_steps for i in counts]
+    spread = statistics.pstdev(steps) if len(steps) > 1 else 0.0
+    if spread < 1e-6:
+        return credits
+    for i, own in counts.items():
+        for t, count in enumerate(own):
+            others = [other[t] for j, other in counts.items() if j != i and t < len(other)]
+            if others:
+                credits[i][t] = config.speed_credit * (statistics.fmean(others) - count) / spread
+    return credits
+
+
+def counted_steps(rollout: Rollout, block_size: int, per: str) -> list[int]:
+    """For each token of a response the number of steps that `speed_credits` compares."""
+    first: dict[int, int] = {}  # step of each block
+    blocks = [(len(rollout.prompt_ids) + t) // block_size for t in range(len(rollout.steps))]
+    for block, step in zip(blocks, rollout.steps, strict=True):
+        first[block] = min(step, first.get(block, step))
+    last = max(rollout.steps) + 1
+    counts = []
+    for block, step in zip(blocks, rollout.steps, strict=True):
+        end = {"answer": last, "block": first.get(block + 1, last), "position": step + 1}[per]
+        counts.append(end - first[block])
+    return counts
 
 
 # -------------------------------------------------------------------------- rolling out
@@ -406,7 +464,7 @@ class Weighted(NamedTuple):
 
     rollout: Rollout
     weight: float  # of each of its actions, from counts over all ranks: dealing does not change it
-    advantage: float
+    advantages: list[float]  # per token
 
 
 def pack_groups(groups: list[Group], config: DiPOConfig, block_size: int, mask_id: int) -> list[Packed]:
@@ -416,18 +474,60 @@ def pack_groups(groups: list[Group], config: DiPOConfig, block_size: int, mask_i
     counts = sum_over_ranks(counts)
     own, sizes = [], []
     for group in groups:
-        for graded, advantage in zip(group.graded, group.advantages, strict=True):
+        for i, (graded, advantage) in enumerate(zip(group.graded, group.advantages, strict=True)):
             rollout = graded.rollout
             tokens = len(rollout.response_ids)
             weight = action_weight(config, group, tokens, counts["groups"], counts["tokens"])
-            own.append(Weighted(rollout, weight, advantage))
+            credits = group.credits[i] if group.credits else [0.0] * tokens
+            own.append(Weighted(rollout, weight, [advantage + credit for credit in credits]))
             sizes.append(len(rollout.prompt_ids) + tokens + block_size * rollout.num_steps)  # clean, views
 
     # What this rank trains on, in rows of similar size on all ranks.
     dealt, plan = deal(own, sizes, config.token_budget)
     exact = config.likelihood == "exact"
-    views = [replay(w.rollout, block_size, w.weight, exact, w.advantage) for w in dealt]
+    views = [replay(w.rollout, block_size, w.weight, exact, w.advantages) for w in dealt]
     return pack(views, block_size, mask_id, config.token_budget, plan)
+
+
+def pack_certainty(groups: list[Group], config: DiPOConfig, block_size: int, mask_id: int) -> list[Packed]:
+    """Rows for the auxiliary loss of config.certainty: right answers, at positions that are masked.
+
+    It is the loss of SFT on own answers, no policy gradient of the reward: what the decoder wrote in many
+    steps shall be sure in few. `weights` of all rows of all ranks add up to config.certainty, so that an
+    advantage of 1 on every token of the batch would weigh as much at certainty 1.
+    """
+    own, sizes, tokens = [], [], 0
+    for group in groups:
+        right = [g.rollout for g in group.graded if g.correct]
+        if config.certainty_on == "fast" and right:
+            mean = statistics.fmean(r.tokens_per_forward for r in right)
+            right = [r for r in right if r.tokens_per_forward >= mean]
+        for rollout in right:
+            ids, prompt = rollout.prompt_ids + rollout.response_ids, len(rollout.prompt_ids)
+            if config.certainty_at == "first":
+                views = all_masked(ids, prompt, block_size)
+            else:
+                rng = np.random.default_rng([config.seed, 2, rollout.seed])
+                views = noise(ids, prompt, block_size, rng, views=2, complementary=True)
+            own.append(views)
+            sizes.append(views.num_tokens)
+            tokens += len(rollout.response_ids)
+    tokens = sum_over_ranks({"tokens": tokens})["tokens"]
+    for views in own:
+        views.weights = views.weights * config.certainty / max(tokens, 1)
+    dealt, plan = deal(own, sizes, config.token_budget)
+    return pack(dealt, block_size, mask_id, config.token_budget, plan)
+
+
+def accumulate_certainty(policy: BlockDiffusion, rows: list[Packed], config: DiPOConfig) -> float:
+    """Add the gradient of the NLL of all rows of all ranks; the NLL per masked token, over all ranks."""
+    world, nll = rank_and_world()[1], 0.0
+    for packed in micro_batches(policy, rows, config.reduce_once):
+        logprobs = policy.score(packed, Sampling()).logprobs
+        loss = -(packed.weights * logprobs).sum()
+        (loss * world).backward()
+        nll += loss.item()
+    return sum_over_ranks({"nll": nll})["nll"] / config.certainty
 
 
 def policy_sampling(config: DiPOConfig) -> Decoding:
@@ -575,11 +675,16 @@ def main(config: DiPOConfig) -> None:
             # Replay every decision as the decoder saw it, in packed rows dealt out evenly to the ranks.
             packs = [p.to(device) for p in pack_groups(groups, config, block_size, mask_id)]
             rows = score_rows(packs, policy, reference, config)
+            certainty = []
+            if config.certainty:
+                certainty = [p.to(device) for p in pack_certainty(groups, config, block_size, mask_id)]
             stats = []
             for update in range(config.updates):
                 # The policy gradient of all rows: forward and backward, summed over the ranks.
                 stats += accumulate_gradients(policy, rows, config, first_update=update == 0)
                 metrics |= training_metrics(stats, config)
+                if certainty:
+                    metrics["certainty_nll"] = accumulate_certainty(policy, certainty, config)
 
                 # One optimizer step, if all numbers are in order.
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
