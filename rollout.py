@@ -204,6 +204,31 @@ def hold_bound(
     return bound
 
 
+def dithered(uniform: torch.Tensor, how: Decoding) -> torch.Tensor:
+    """What log c_j has to reach: [...], from numbers [...] in [0, 1), one for each position and step."""
+    return (how.threshold - how.dither * uniform).clamp(min=FLOOR).log()
+
+
+def exact_record(
+    confidence: torch.Tensor,
+    log_g: torch.Tensor,
+    masked: torch.Tensor,
+    revealed: torch.Tensor,
+    how: Decoding,
+    log_tau: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of revealing what was drawn, and `hold_bound`: [..., B] each, from [..., B].
+
+    Args:
+        log_g: of the draws. With dithered thresholds whether they reached theirs belongs to it.
+    """
+    bounds = hold_bound(confidence, revealed, how, log_tau)
+    if not how.dither:
+        return log_g, bounds
+    of_step = torch.where(masked.sum(-1, keepdim=True) == 1, torch.inf, bounds.amin(-1, keepdim=True))
+    return log_g + log_reached(confidence, of_step, how), bounds
+
+
 def held_mass(log_p: torch.Tensor, log_g: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> torch.Tensor:
     """Log-probability [...] that a draw is held: of g where log p, both [..., V], is below bounds [...]."""
     mass = torch.where(log_p < bounds[..., None], held_draws(log_p, log_g.exp(), how), 0).sum(-1)
@@ -484,10 +509,9 @@ class _Batch:
         # The record of what was revealed, and what the others held.
         step = torch.tensor([self.requests[s].steps for s in running], device=device)
         logprob = log_g.gather(-1, drawn[..., None])[..., 0]
-        bounds = hold_bound(confidence, revealed, self.how, log_tau) if self.how.holds else None
-        if self.how.dither and self.how.holds:
-            of_step = torch.where(masked.sum(-1, keepdim=True) == 1, torch.inf, bounds.amin(-1, keepdim=True))
-            logprob = logprob + log_reached(confidence, of_step, self.how)
+        bounds = None
+        if self.how.holds:
+            logprob, bounds = exact_record(confidence, logprob, masked, revealed, self.how, log_tau)
         for state, new in (  # what is not revealed now keeps its value
             (self.ids, drawn),
             (self.steps, step[:, None]),
@@ -550,8 +574,7 @@ class _Batch:
         drawn = torch.searchsorted(cumulative, point, right=True)[..., 0].clamp(max=log_g.shape[-1] - 1)
         if not self.how.dither:
             return drawn, None
-        tau = (self.how.threshold - self.how.dither * lower).clamp(min=FLOOR)
-        return drawn, tau.log().to(log_g)
+        return drawn, dithered(lower, self.how).to(log_g)
 
     def _leave(self, slot: int) -> tuple[int, Rollout]:
         """Take a finished request out of the batch and make its record."""

@@ -40,7 +40,7 @@ from model import sampling_logprobs
 from plumbing.common import Forgiving
 from plumbing.kernels import log_normalizer
 from plumbing.lmdeploy_engine import LMDEPLOY_VERSION
-from rollout import Decoding, held_mass, hold_bound, reveal
+from rollout import Decoding, dithered, exact_record, held_mass, reveal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,6 +58,7 @@ class Recorder:
     forwards: int  # passes of the network so far: a sign of life
     finished: dict[int, dict[str, list]]  # by session: the fields of a trajectory
     drawn: list[torch.Tensor]  # of the forward in hand: log p and log g of what was drawn, [rows] each
+    log_tau: torch.Tensor | None = None  # [rows] what log p has to reach there, if thresholds are dithered
 
 
 RECORDER = Recorder(Decoding(), 0, {}, [])
@@ -134,7 +135,7 @@ def fix_sampling() -> None:
 
     def with_whole_seeds(self, seqs):
         inputs = make_base(self, seqs)
-        if inputs.random_seeds is not None:  # None if all are greedy
+        if inputs.random_seeds is not None or RECORDER.how.dither:  # None if all are greedy
             inputs.random_seeds = torch.tensor([seq.sampling_param.random_seed for seq in seqs])
         inputs.temperature = None  # `draw` divides by it
         return inputs
@@ -174,7 +175,11 @@ def fix_drawing() -> None:
 
     def sampling(self, logits):
         settings = self.sampling_inputs
-        drawn, *RECORDER.drawn = draw(logits, settings.random_seeds, settings.random_offsets, RECORDER.how)
+        how, seeds, offsets = RECORDER.how, settings.random_seeds, settings.random_offsets
+        drawn, *RECORDER.drawn = draw(logits, seeds, offsets, how)
+        RECORDER.log_tau = None
+        if how.dither:  # from other numbers than the draws
+            RECORDER.log_tau = dithered(uniform(~seeds, offsets), how).to(logits.device).float()
         return drawn
 
     FusedLogitsProcessor.sampling = torch.inference_mode()(sampling)
@@ -246,7 +251,7 @@ def held_masses(logits: torch.Tensor, bounds: torch.Tensor, how: Decoding) -> to
     """Log-probability [rows] that a draw is held below its bound [rows]; logits as for `draw`."""
     masses = []
     for part, bound in zip(logits.split(DRAW_ROWS), bounds.split(DRAW_ROWS), strict=True):
-        masses.append(held_mass(*sampling_logprobs(part, how), bound))
+        masses.append(held_mass(*sampling_logprobs(part, how), bound, how))
     return torch.cat(masses)
 
 
@@ -282,10 +287,12 @@ def record_forwards() -> None:
         log_p, log_g = (logprob.view_as(blocks) for logprob in RECORDER.drawn)
         masked, complete = blocks == DLLM_MASKED, (blocks == DLLM_UNMASKED).all(-1, keepdim=True)
         token_ids = torch.where(masked.flatten(), token_ids, input_ids)
-        revealed = reveal(log_p, masked, how)
+        log_tau = None if RECORDER.log_tau is None else RECORDER.log_tau.view_as(blocks)
+        revealed = reveal(log_p, masked, how, log_tau)
         bounds = masses = log_g.flatten()[:0]
         if how.holds:
-            bounds = hold_bound(log_p, revealed, how).flatten()
+            log_g, bounds = exact_record(log_p, log_g, masked, revealed, how, log_tau)
+            bounds = bounds.flatten()
             masses = held_masses(logits, bounds, how)
         self.record = log_g.flatten(), bounds, masses
 

@@ -112,7 +112,8 @@ def enumerate_trajectories(table, how, prompt) -> list[Trajectory]:
                 bound = hold_bound(confidence, shown, how, log_tau).tolist()
                 target = tuple(new[j] if shown[j] else state[j] for j in range(b))
                 # Whether a reveal was forced is part of the record, where something held.
-                key = target, how.dither > 0 and mask in target and max(bound) < math.log(how.threshold)
+                forced = mask in target and max(bound) < math.log(how.threshold) - 1e-6  # in float32
+                key = target, how.dither > 0 and forced
                 total, _ = after.get(key, (0.0, 0.0))
                 after[key] = (total + chance * likely, bound)
         for (target, _), (chance, bound) in after.items():
