@@ -1,205 +1,237 @@
-"""Does a speed reward make decoding faster, and does the exact likelihood matter for it?
+"""Does training move the accuracy / speed frontier out? One checkpoint, several ways on, the whole curve.
 
-    python benchmarks/speed_reward.py      # twelve runs, about an hour on two cores
+    python benchmarks/speed_reward.py      # about 40 minutes on two cores: two processes, one thread each
 
-One SFT checkpoint (the demo's config with blocks of 8 and no careless answers, made first); from it,
-accuracy alone against accuracy + speed, each with both likelihoods and three seeds, each reward
-normalised for itself. Every run is `dipo.py`, then `evaluate.py` (greedy, dynamic) on the test split.
-Two runs at a time, one thread each. Prints tables, writes summary.json and speed.png to --out. Finished
-runs are kept, so that it can be interrupted.
+The task is data/tiny.py --ways: every answer can be written in many right ways, so that a low threshold mixes
+them up (docs/speed.md). From one checkpoint in blocks of 8:
 
-Why rollouts at a low threshold: whether a position is held is random only where its best token reaches
-the threshold. Below it the position holds for sure (or is the most confident one), and no policy
-gradient, exact or not, sees that a little more confidence would have revealed it. `why` measures that
-share; at 0.9 it is a few per cent of all holds. So the rollouts decode at 0.6, where most holds are
-random, and the result is evaluated there and at the usual 0.9.
+    accuracy                DiPO with the accuracy reward: the control
+    settle                  SFT on its own careful right answers (data/own.py, configs/settle.yaml)
+    settle twice            the same again, with the answers that it then gives
+    settle twice, accuracy  and then the control's DiPO: the recipe
+
+with three seeds each, and with one: more SFT of as many steps; the ceiling, SFT on one way of writing from the beginning;
+what `settle` lives from (wrong answers kept, sampled instead of greedy, decoded at threshold 0.3); and what
+was tried inside DiPO (a speed reward, with the NLL of right answers, dithered thresholds with credit per
+block). Then start and settle in blocks of 16. Each is evaluated greedily on 1,000 held-out questions at
+thresholds from 0.3 to 0.99. Finished runs are kept, so that it can be interrupted. Writes summary.json and
+speed.png to --out; `python benchmarks/compare.py` says which curve lies outside which.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from demo import run  # noqa: E402
+from plumbing.common import InputError, read_records, run_script, write_json  # noqa: E402
+from plumbing.config import Parser, folder_name  # noqa: E402
 
-from evaluate import EvalConfig, respond  # noqa: E402
-from masking import HOLD, pack, replay  # noqa: E402
-from model import Sampling  # noqa: E402
-from plumbing.checkpoint import load_tokenizer  # noqa: E402
-from plumbing.common import run_script, write_json  # noqa: E402
-from plumbing.config import Parser  # noqa: E402
-from reward import Question, read_questions  # noqa: E402
-from rollout import Decoding, make_engine  # noqa: E402
-
-REWARDS = {
-    "accuracy": ["rewards={accuracy: 1.0}"],
-    "accuracy + speed": ["rewards={accuracy: 1.0, speed: 1.0}"],
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.99)
+SPLITS = ["--careless", "0", "--min-terms", "4", "--max-terms", "4", "--max-term", "7", "--validation", "200"]
+WAYS = {"ways": ["--ways", "0.45"], "one-way": ["--ways", "0"]}
+START = ["steps=500", "batch_size=64", "lr=2e-3", "eval_every=0", "save_every=100"]
+DIPO = [
+    "groups=96",
+    "group_size=6",
+    "max_rounds=1",
+    "steps=30",
+    "lr=3e-5",
+    "warmup_steps=3",
+    "schedule=cosine",
+]
+DIPO += ["max_tokens=56", "eval_every=0", "save_every=10", "likelihood=exact"]
+ACCURACY = [*DIPO, "threshold=0.9"]
+SPEED = [*DIPO, "lr=1e-4", "normalize_each=true", "rewards={accuracy: 1.0, speed: 1.0}", "threshold=0.5"]
+INSIDE = {  # what was tried inside DiPO
+    "speed reward": SPEED,
+    "speed reward, certainty": [*SPEED, "certainty=1.0", "certainty_at=noise"],
+    "dither, credit per block": [*ACCURACY, "lr=1e-4", "dither=0.4", "speed_credit=0.25", "credit_per=block"],
 }
-LIKELIHOODS = ("tokens", "exact")
-THRESHOLDS = (0.6, 0.9)  # of the evaluation; rollouts use the first
+OWN = {  # how the answers are made that `settle` trains on: arguments of evaluate.py, of data/own.py
+    "settle": (["threshold=0.9"], []),
+    "settle on wrong answers too": (["threshold=0.9"], ["--wrong-too"]),
+    "settle on sampled answers": (["threshold=0.9", "top_k=0", "temperature=1.0"], []),
+    "settle on hasty answers": (["threshold=0.3"], []),
+}
 
 
-def one_run(options: argparse.Namespace, rewards: str, likelihood: str, seed: int) -> dict:
-    """Train and evaluate one condition; its figures."""
-    folder = options.out / f"{rewards.replace(' + ', '-')}-{likelihood}-{seed}"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    train = [
-        "dipo.py", "--config", "configs/demo_dipo.yaml", f"model={options.sft}",
-        f"data={options.data}/rl.jsonl", f"out={folder}", f"seed={seed}", f"steps={options.steps}",
-        f"lr={options.lr}", f"threshold={THRESHOLDS[0]}", f"likelihood={likelihood}",
-        "normalize_each=true", "groups=20", "max_rounds=1", "eval_every=0", "save_every=10", "resume=true",
-        *REWARDS[rewards],
-    ]  # fmt: skip
-    if not (folder / "eval_0.9" / "summary.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        tests = [test_command(f"{folder}/latest", options.data, folder, t) for t in THRESHOLDS]
-        for command in [train, *tests]:
-            with open(folder / "log.txt", "a") as log:
-                subprocess.run(
-                    [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log
-                ).check_returncode()
-    figures = {"rewards": rewards, "likelihood": likelihood, "seed": seed} | read_figures(folder)
-    print(figures, flush=True)
-    return figures
+class Campaign:
+    """All runs in one folder; a run is done if its evaluation is."""
+
+    def __init__(self, out: Path, steps: int | None, limit: int):
+        self.out, self.limit = out, limit
+        self.steps = [f"steps={steps}"] if steps else []  # for trying it
+
+    def path(self, name: str) -> Path:
+        """The folder of a run."""
+        return self.out / name.replace(", ", "-").replace(" ", "-")
+
+    def call(self, name: str, *command: str) -> None:
+        """Run a script; what it prints goes to NAME/log.txt.
+
+        Raises:
+            InputError: it fails.
+        """
+        self.path(name).mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(self.path(name) / "log.txt", "a") as log:
+            log.write(f"$ python {' '.join(command)}\n")
+            log.flush()
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+        if done.returncode:
+            raise InputError(f"{name}: failed, see {self.path(name) / 'log.txt'}")
+
+    def make_data(self) -> None:
+        """Both variants of the task, and the training questions, each once."""
+        for name, option in WAYS.items():
+            if not (self.out / name / "questions.jsonl").exists():
+                self.call("data", "data/tiny.py", "--out", str(self.out / name), *SPLITS, *option)
+                known = {}
+                for _, record in read_records(str(self.out / name / "rl.jsonl")):
+                    known[record["question"]] = record
+                lines = "".join(json.dumps(record) + "\n" for record in known.values())
+                (self.out / name / "questions.jsonl").write_text(lines)
+
+    def train(self, name: str, script: str, data: Path, *fields: str) -> None:
+        """Train, or go on training, and evaluate the whole curve."""
+        run = self.path(name) / "run"
+        config = {"sft.py": "configs/demo_sft.yaml", "dipo.py": "configs/demo_dipo.yaml"}[script]
+        config = "configs/settle.yaml" if name.startswith("settle") and script == "sft.py" else config
+        if not (self.path(name) / "sweep" / "summary.json").exists():
+            common = ["--config", config, f"data={data}", f"out={run}", "resume=true"]
+            self.call(name, script, *common, *fields, *self.steps)
+            self.evaluate(name, str(run / "latest"))
+        print(f"{name}: {self.curve(name)}", flush=True)
+
+    def evaluate(self, name: str, checkpoint: str) -> None:
+        """Greedy, dynamic, at every threshold."""
+        sweep = f"sweep=[{','.join(map(str, THRESHOLDS))}]"
+        self.call(
+            name, "evaluate.py", f"model={checkpoint}", f"data={self.out}/ways/test.jsonl", "rules=[dynamic]",
+            sweep, "max_tokens=56", "max_batch=512", f"limit={self.limit}", f"out={self.path(name)}/sweep",
+        )  # fmt: skip
+
+    def curve(self, name: str) -> dict[str, tuple[float, float]]:
+        """(accuracy in %, TPF) by threshold."""
+        summary = json.loads((self.path(name) / "sweep" / "summary.json").read_text())
+        points = {}
+        for t in THRESHOLDS:
+            of = summary[f"dynamic-{t:g}"]
+            points[f"{t:g}"] = round(100 * of["accuracy"], 1), round(of["tpf"], 2)
+        return points
+
+    def own_answers(self, kind: str, start: str) -> Path:
+        """The training file of the start's own answers."""
+        decoding, filtering = OWN[kind]
+        folder = self.path(f"own {kind} of {start}")
+        if not (folder / "own.jsonl").exists():
+            responses = folder / "responses-questions-dynamic.jsonl"
+            self.call(
+                folder.name, "evaluate.py", f"model={self.path(start)}/run/latest", "rules=[dynamic]",
+                f"data={self.out}/ways/questions.jsonl", "max_tokens=56", "max_batch=512", f"out={folder}",
+                *decoding,
+            )  # fmt: skip
+            self.call(folder.name, "data/own.py", str(responses), "--out", f"{folder}/own.jsonl", *filtering)
+        return folder / "own.jsonl"
+
+    # ------------------------------------------------------------------------------- the conditions
+
+    def start(self, name: str, data: str, block_size: int) -> None:
+        """A checkpoint from scratch."""
+        self.train(name, "sft.py", self.out / data / "sft.jsonl", *START, f"block_size={block_size}")
+
+    def dipo(self, name: str, begin: str, *fields: str) -> None:
+        """DiPO from a checkpoint."""
+        checkpoint = self.path(begin) / "run" / "latest"
+        self.train(name, "dipo.py", self.out / "ways/rl.jsonl", f"model={checkpoint.resolve()}", *fields)
+
+    def settle(self, name: str, kind: str, seed: int, start: str = "start") -> None:
+        """SFT on own answers of the start."""
+        begin = (self.path(start) / "run" / "latest").resolve()
+        self.train(name, "sft.py", self.own_answers(kind, start), f"model={begin}", f"seed={seed}")
+
+    def recipe(self, seed: int) -> None:
+        """Settle twice, then DiPO."""
+        self.settle(f"settle {seed}", "settle", seed)
+        self.settle(f"settle twice {seed}", "settle", seed, f"settle {seed}")
+        self.dipo(f"settle twice, accuracy {seed}", f"settle twice {seed}", *ACCURACY, f"seed={seed}")
+
+    def more_sft(self) -> None:
+        """As many steps of plain SFT as `settle` makes."""
+        begin = (self.path("start") / "run" / "latest").resolve()
+        fields = [
+            "steps=150",
+            "batch_size=64",
+            "lr=1.5e-4",
+            "warmup_steps=5",
+            "eval_every=0",
+            f"model={begin}",
+        ]
+        self.train("more SFT", "sft.py", self.out / "ways/sft.jsonl", *fields)
+
+    def sixteen(self) -> None:
+        """Start and settle in blocks of 16."""
+        self.start("start 16", "ways", 16)
+        self.settle("settle 16", "settle", 0, "start 16")
+
+    def run(self, seeds: int, parallel: int) -> None:
+        """Everything, the start first."""
+        self.make_data()
+        with ThreadPoolExecutor(parallel) as pool:
+            first = [
+                pool.submit(self.start, "start", "ways", 8),
+                pool.submit(self.start, "ceiling", "one-way", 8),
+            ]
+            finish(first)
+            self.own_answers("settle", "start")  # once, for all seeds
+            work = []
+            for seed in range(seeds):
+                work.append(pool.submit(self.recipe, seed))
+                work.append(pool.submit(self.dipo, f"accuracy {seed}", "start", *ACCURACY, f"seed={seed}"))
+            work += [pool.submit(self.more_sft), pool.submit(self.sixteen)]
+            for kind in OWN.keys() - {"settle"}:
+                work.append(pool.submit(self.settle, kind, kind, 0))
+            for name, fields in INSIDE.items():
+                work.append(pool.submit(self.dipo, name, "start", *fields))
+            finish(work)
 
 
-def test_command(checkpoint: str, data: Path, out: Path, threshold: float) -> list[str]:
-    """Arguments of evaluate.py."""
-    return [
-        "evaluate.py", f"model={checkpoint}", f"data={data}/test.jsonl", "rules=[dynamic]",
-        f"threshold={threshold}", "max_tokens=48", f"out={out}/eval_{threshold}",
-    ]  # fmt: skip
-
-
-def read_figures(folder: Path) -> dict[str, float]:
-    """Accuracy and TPF at each threshold."""
-    figures = {}
-    for t in THRESHOLDS:
-        summary = json.loads((folder / f"eval_{t}" / "summary.json").read_text())["dynamic"]
-        figures |= {f"accuracy_{t}": summary["accuracy"], f"tpf_{t}": summary["tpf"]}
-    return figures
-
-
-def report(runs: list[dict], before: dict) -> str:
-    """Markdown: every run, then mean and standard deviation per condition."""
-    columns = [f"{name}_{t}" for t in THRESHOLDS for name in ("accuracy", "tpf")]
-    lines = ["| rewards | likelihood | seed | " + " | ".join(columns) + " |"]
-    lines.append("|---|---|---:|" + "---:|" * len(columns))
-
-    def cells(values: list[str]) -> str:
-        return " | ".join(values) + " |"
-
-    lines.append("| SFT checkpoint | | | " + cells([f"{before[c]:.3f}" for c in columns]))
-    for r in runs:
-        name = f"| {r['rewards']} | {r['likelihood']} | {r['seed']} | "
-        lines.append(name + cells([f"{r[c]:.3f}" for c in columns]))
-    for condition in product(REWARDS, LIKELIHOODS):
-        chosen = [r for r in runs if (r["rewards"], r["likelihood"]) == condition]
-        means = [statistics.mean(r[c] for r in chosen) for c in columns]
-        spreads = [statistics.stdev(r[c] for r in chosen) if len(chosen) > 1 else 0.0 for c in columns]
-        figures = [f"{m:.3f} ± {s:.3f}" for m, s in zip(means, spreads, strict=True)]
-        lines.append(f"| **{condition[0]}** | **{condition[1]}** | mean | " + cells(figures))
-    return "\n".join(lines)
-
-
-def why(checkpoint: Path, questions: list[Question]) -> str:
-    """How much of the speed is random, hence can be learned: per threshold, a Markdown table.
-
-    A hold of mass 1 was certain: it has no gradient, under either likelihood.
-    """
-    tokenizer = load_tokenizer(checkpoint)
-    engine = make_engine(checkpoint, tokenizer, 0, EvalConfig(engine="torch"), checkpoint / "engine.log")
-    b = engine.block_size
-    lines = [
-        "| threshold | TPF greedy | TPF sampled | holds | holds that were random |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for threshold in (0.5, 0.7, 0.9):
-        tpf, rollouts = [], []
-        for top_k in (1, 0):
-            how = Decoding(threshold=threshold, max_tokens=48, top_k=top_k)
-            graded = respond(engine, tokenizer, questions, how)
-            rollouts = [group[0].rollout for group in graded]
-            tpf.append(sum(len(r.response_ids) for r in rollouts) / sum(r.num_steps for r in rollouts))
-        views = [replay(r, b, 1.0, exact=True) for r in rollouts]
-        mass = []
-        for row in pack(views, b, tokenizer.mask_token_id, 16384):
-            with torch.no_grad():
-                scores = engine.model.score(row, Sampling())
-            mass.append(scores.logprobs[row.targets == HOLD].exp())
-        mass = torch.cat(mass)
-        random = (mass < 0.999).float().mean()
-        lines.append(f"| {threshold} | {tpf[0]:.3f} | {tpf[1]:.3f} | {len(mass)} | {100 * random:.1f} % |")
-    return "\n".join(lines)
-
-
-def plot(runs: list[dict], before: dict, path: Path) -> None:
-    """Plot accuracy against tokens per forward, a panel per threshold, a point per run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    markers = dict(zip(product(REWARDS, LIKELIHOODS), ("o", "s", "^", "D"), strict=True))
-    for axis, t in zip(panels, THRESHOLDS, strict=True):
-        for condition, marker in markers.items():
-            chosen = [r for r in runs if (r["rewards"], r["likelihood"]) == condition]
-            x, y = [r[f"tpf_{t}"] for r in chosen], [r[f"accuracy_{t}"] for r in chosen]
-            axis.scatter(x, y, marker=marker, s=60, label=", ".join(condition), alpha=0.8)
-        axis.scatter(before[f"tpf_{t}"], before[f"accuracy_{t}"], marker="x", c="k", label="SFT")
-        axis.set_title(f"decoded at threshold {t}")
-        axis.set_xlabel("tokens per forward (greedy, dynamic)")
-        axis.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy on the test split")
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def finish(work: list[Future]) -> None:
+    """Wait for all; the first error ends it."""
+    for future in work:
+        future.result()
 
 
 def main() -> None:
-    """Run all conditions."""
+    """Run all conditions and print their curves."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sft", type=Path, help="checkpoint to start from; made if not given")
-    parser.add_argument("--data", type=Path, help="folder of data/tiny.py; made if not given")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/speed")
-    parser.add_argument("--steps", type=int, default=36)
-    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--out", type=folder_name, default=ROOT / "runs/speed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="of every training, to try it")
+    parser.add_argument("--limit", type=int, default=1000, help="held-out questions")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not options.data:
-        options.data = options.out / "data"
-        run("data/tiny.py", "--careless", "0", "--out", str(options.data))
-    if not options.sft:
-        options.sft = options.out / "sft" / "latest"
-        data = [f"data={options.data}/sft.jsonl", f"eval_data={options.data}/validation.jsonl"]
-        sft = ["--config", "configs/demo_sft.yaml", f"out={options.out}/sft", "block_size=8"]
-        run("sft.py", *sft, *data, "resume=true")
-    conditions = [(*pair, seed) for seed in range(options.seeds) for pair in product(REWARDS, LIKELIHOODS)]
-    with ThreadPoolExecutor(options.parallel) as pool:
-        runs = list(pool.map(lambda condition: one_run(options, *condition), conditions))
-    folder = options.out / "before"
-    for t in THRESHOLDS:
-        if not (folder / f"eval_{t}" / "summary.json").exists():
-            run(*test_command(str(options.sft), options.data, folder, t))
-    before = read_figures(folder)
-    write_json(options.out / "summary.json", {"sft": before, "runs": runs})
-    plot(runs, before, options.out / "speed.png")
-    print(report(runs, before))
-    print("\n" + why(options.sft, read_questions(f"{options.data}/validation.jsonl")))
+    campaign = Campaign(options.out.absolute(), options.steps, options.limit)
+    campaign.run(options.seeds, options.parallel)
+
+    # Every curve in a table.
+    names = [f.parent.parent.name for f in sorted(campaign.out.glob("*/sweep/summary.json"))]
+    curves = {name: campaign.curve(name) for name in names}
+    write_json(campaign.out / "summary.json", curves)
+    print("\n| accuracy in %, TPF at threshold | " + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |")
+    print("|---" * (len(THRESHOLDS) + 1) + "|")
+    for name, points in curves.items():
+        cells = [f"{accuracy}, {tpf}" for accuracy, tpf in points.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
