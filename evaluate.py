@@ -9,7 +9,7 @@ and 78.6). A protocol therefore has a name, and all its settings go into summary
     python evaluate.py                                                # the demo's checkpoint
     python evaluate.py model=JetLM/SDAR-8B-Chat protocol=dirl data=[math500,aime24]
     torchrun --nproc_per_node 8 evaluate.py --config configs/eval.yaml data=olympiadbench
-    python evaluate.py sweep=[0.5,0.7,0.9,0.99] samples=4             # thresholds: sweep.png
+    python evaluate.py sweep=[0.5,0.7,0.9,0.99] samples=4             # thresholds: sweep.png, AUP
 
 Every response is written to disk as it ends: the same command goes on where it was interrupted, and under
 torchrun every rank makes its share (one file system is assumed). Two runs are compared by
@@ -450,13 +450,13 @@ def name_protocol(config: EvalConfig) -> str:
 def write_report(config: EvalConfig, results: Results) -> None:
     """Write summary.json, table.md and sweep.png, and print the table."""
     out = Path(config.out)
-    text, means = report.tables(config.model, name_protocol(config), results)
+    text, figures = report.tables(config.model, name_protocol(config), results)
     with writing(out / "table.md"):
         (out / "table.md").write_text(text)
     if config.sweep:
         report.plot_sweep(out / "sweep.png", config.sweep, results)
     settings = dataclasses.asdict(config) | {"model": str(find_folder(config.model))}
-    write_json(out / "summary.json", {"config": settings, **means, "benchmarks": results})
+    write_json(out / "summary.json", {"config": settings, **figures, "benchmarks": results})
     print(text)
     print(f"wrote {printable(str(out))}/summary.json, table.md and the responses beside them")
 

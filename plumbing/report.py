@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from plumbing import frontier
 from plumbing.common import printable
 
 Results = dict[str, dict[str, dict[str, Any]]]  # figures by decoding rule and benchmark
@@ -128,8 +129,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tables(model: str, protocol: str, results: Results) -> tuple[str, dict[str, dict[str, Any]]]:
-    """(all tables as Markdown, the means over benchmarks by decoding rule) of an evaluation."""
+def tables(model: str, protocol: str, results: Results) -> tuple[str, dict[str, Any]]:
+    """(all tables as Markdown, the means over benchmarks by decoding rule and the AUPs) of an evaluation."""
     # A line per benchmark and rule, and their means if there are several benchmarks.
     means = {rule: average(list(figures.values())) for rule, figures in results.items()}
     lines = {}
@@ -141,11 +142,35 @@ def tables(model: str, protocol: str, results: Results) -> tuple[str, dict[str, 
     else:
         lines = means
 
-    # Named benchmarks are shown under the published figures too.
+    # The area under a sweep. Named benchmarks are shown under the published figures too.
     found = [table(lines)]
+    swept = sweep_areas(results)
+    if swept:
+        areas = swept["aup"] | ({"mean": fmean(swept["aup"].values())} if len(swept["aup"]) > 1 else {})
+        shown = ", ".join(f"{cell(name)} {area:.1f}" for name, area in areas.items())
+        found.append(
+            f"AUP, the weighted area under accuracy (%) against TPF over the thresholds, with the best "
+            f"accuracy of this run as y_max (plumbing/frontier.py): {shown}"
+        )
     if any(name in BENCHMARKS for figures in results.values() for name in figures):
         found.append(published_table(model, protocol, results))
-    return "\n\n".join(found) + "\n", means
+    return "\n\n".join(found) + "\n", means | swept
+
+
+def sweep_areas(results: Results) -> dict[str, dict[str, float]]:
+    """{"aup": AUP by benchmark} of a sweep, with the best accuracy of its thresholds as y_max; else {}.
+
+    Args:
+        results: figures by decoding rule and benchmark; `dynamic-T` for every threshold T.
+    """
+    labels = [label for label in results if label.startswith("dynamic-")]
+    labels.sort(key=lambda label: -float(label.removeprefix("dynamic-")))
+    areas = {}
+    for name in results[labels[0]] if labels else ():
+        tpf = np.array([results[label][name]["tpf"] for label in labels])
+        accuracy = np.array([100 * results[label][name]["accuracy"] for label in labels])
+        areas[name] = float(frontier.aup(tpf, accuracy, accuracy.max()))
+    return {"aup": areas} if areas else {}
 
 
 def published_table(model: str, protocol: str, results: Results) -> str:
@@ -191,6 +216,75 @@ def comparison_table(
     return "\n".join(lines)
 
 
+def frontier_table(first: str, second: str, comparison: frontier.Comparison) -> str:
+    """Markdown: the figures of two sweeps, their differences, and the verdict below."""
+    lines = [
+        f"| | {cell(first)} | {cell(second)} | difference | 95 % | pairs of runs |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for f in comparison.figures:
+        spread = f"{f.least:+.2f} to {f.greatest:+.2f}" if comparison.pairs > 1 else "-"
+        lines.append(
+            f"| {f.name} | {f.first:.2f} | {f.second:.2f} | {f.difference:+.2f} "
+            f"| {f.low:+.2f} to {f.high:+.2f} | {spread} |"
+        )
+    return "\n".join([*lines, "", f"Verdict: {cell(comparison.sentence)}"])
+
+
+def plot_frontiers(
+    path: str, panels: dict[str, list[list[frontier.Sweep]]], names: Sequence[str], draws: int = 2_000
+) -> None:
+    """Plot accuracy against TPF to a PNG: a panel per benchmark, a line through the thresholds per side.
+
+    Crosses are 95 % intervals by bootstrap over the questions. A side of several runs is drawn as the mean
+    over them at each threshold, its runs as thin lines.
+
+    Args:
+        panels: the runs of every side, by benchmark.
+        names: of the sides.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(7.5, 6 * len(panels)), 5.5), squeeze=False)
+    for axis, (benchmark, sides) in zip(axes[0], panels.items(), strict=True):
+        for number, (name, runs) in enumerate(zip(names, sides, strict=True)):
+            # The line of the side, with a cross at each point, and the lines of its runs.
+            counts, color = frontier.resample(runs[0].correct.shape[1], draws), f"C{number}"
+            tpf, accuracy = frontier.points_of(runs, counts)
+            ends = [bootstrap_interval(row) for row in np.mean([run.correct for run in runs], axis=0)]
+            low, high = frontier.interval(tpf[1:])
+            middle = accuracy[0]
+            up_down = np.abs(100 * np.array(ends).T - middle)
+            left_right = np.maximum(0, [tpf[0] - low, high - tpf[0]])
+            style = {"fmt": "o-", "ms": 5, "c": color, "capsize": 2, "lw": 1.2, "label": _plain(name)}
+            _, caps, bars = axis.errorbar(tpf[0], middle, up_down, left_right, **style)
+            for artist in (*caps, *bars):
+                artist.set_alpha(0.35)
+            for run in runs if len(runs) > 1 else ():
+                x, y = frontier.points_of([run], counts[:1])
+                axis.plot(x[0], y[0], "-", c=color, lw=0.7, alpha=0.5)
+
+            # Thresholds beside the points: of the first side to the right above, of the second left below.
+            side, place = ("left", (6, 4)) if number % 2 == 0 else ("right", (-6, -11))
+            for x, y, threshold in zip(tpf[0], middle, runs[0].thresholds, strict=True):
+                shown = {"textcoords": "offset points", "fontsize": 8, "color": color, "ha": side}
+                axis.annotate(f"{threshold:g}", (x, y), place, **shown)
+        axis.set(xlabel="tokens per forward", ylabel="accuracy (%)", title=_plain(benchmark))
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    thin = "; thin: single runs" if any(len(runs) > 1 for sides in panels.values() for runs in sides) else ""
+    title = f"Accuracy against TPF by threshold; crosses: 95 %, bootstrap over questions{thin}"
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plain(text: str) -> str:
+    """A name as matplotlib may get it: what stands between $ would be set as mathematics."""
+    return printable(text).replace("$", "\\$")
+
+
 def plot_sweep(path: Path, thresholds: list[float], results: Results) -> None:
     """Accuracy and TPF against the threshold, and accuracy against throughput, to a PNG.
 
@@ -205,7 +299,7 @@ def plot_sweep(path: Path, thresholds: list[float], results: Results) -> None:
     for number, name in enumerate(next(iter(results.values()))):
         rows = [results[f"dynamic-{t:g}"][name] for t in thresholds]
         static, color = results.get("static", {}).get(name), f"C{number}"
-        benchmark = printable(name).replace("$", "\\$")  # what stands between $ would be set as mathematics
+        benchmark = _plain(name)
         _accuracies(axes[0, 0], thresholds, rows, "o-", color, benchmark)
         axes[1, 0].plot(thresholds, [row["tpf"] for row in rows], "o-", ms=5, lw=1.2, c=color)
         if static:

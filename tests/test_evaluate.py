@@ -18,7 +18,7 @@ import tiny as tiny_task
 
 import evaluate
 from evaluate import PROTOCOLS, EvalConfig
-from plumbing import report
+from plumbing import frontier, report
 from plumbing.checkpoint import stop_ids, tiny
 from plumbing.common import InputError
 from plumbing.config import load_config
@@ -555,9 +555,18 @@ def test_a_sweep_is_measured_and_plotted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
     evaluate_with(*arguments(folder, tmp_path / "out", "sweep=[0.9,0.1,0.3]", "limit=12"))
     summary = summary_of(tmp_path / "out")
-    assert set(summary) == {"config", "static", "dynamic-0.1", "dynamic-0.3", "dynamic-0.9", "benchmarks"}
+    names = {"config", "static", "dynamic-0.1", "dynamic-0.3", "dynamic-0.9", "aup", "benchmarks"}
+    assert set(summary) == names
     tpf = [summary[f"dynamic-{t}"]["tpf"] for t in (0.1, 0.3, 0.9)]
+    accuracy = [100 * summary[f"dynamic-{t}"]["accuracy"] for t in (0.1, 0.3, 0.9)]
+    area = frontier.aup(np.array(tpf), np.array(accuracy), max(accuracy))
+    assert summary["aup"] == {"test": pytest.approx(float(area))}
+    assert f": test {area:.1f}" in (tmp_path / "out" / "table.md").read_text()
     assert tpf[0] > tpf[1] > tpf[2] >= 1, "a lower threshold reveals more at once"
+    (((read,),),) = compare.read_sweeps([[tmp_path / "out"]]).values()
+    assert read.thresholds == [0.9, 0.3, 0.1]
+    as_read = frontier.points_of([read], np.ones((1, 12)))
+    assert as_read[0][0] == pytest.approx(tpf[::-1]) and as_read[1][0] == pytest.approx(accuracy[::-1])
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = shown
     threshold_accuracy, tpf_accuracy, threshold_tpf, _ = figure.axes
