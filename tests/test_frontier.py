@@ -557,13 +557,13 @@ def test_the_area_of_an_evaluation():
 
     results = {
         "static": {"x": figures(1.0, 0.99), "y": figures(1.0, 0.99)},
-        "dynamic-0.3": {"x": figures(3.0, 0.76), "y": figures(2.0, 0.4)},
+        "dynamic-0.3": {"x": figures(3.0, 0.76), "y": figures(1.0, 0.3)},
         "dynamic-0.9": {"x": figures(1.5, 0.80), "y": figures(1.0, 0.4)},
     }
     areas = report.sweep_areas(results)["aup"]
     x = 1.5 * 80 + 1.5 * (80 + 76 * math.exp(-0.15)) / 2
-    assert areas == pytest.approx({"x": x, "y": 80})
+    assert areas == pytest.approx({"x": x, "y": 40}), "of equal TPFs the higher threshold is the first"
     text, _ = report.tables("m", "none", results)
-    assert f"as y_max (plumbing/frontier.py): x {x:.1f}, y 80.0, mean {(x + 80) / 2:.1f}\n" in text
+    assert f"as y_max (plumbing/frontier.py): x {x:.1f}, y 40.0, mean {(x + 40) / 2:.1f}\n" in text
     assert report.sweep_areas({"static": results["static"]}) == {}
     assert "AUP" not in report.tables("m", "none", {"static": results["static"]})[0]
