@@ -10,10 +10,10 @@ them up (docs/speed.md). From one checkpoint in blocks of 8:
     settle twice            the same again, with the answers that it then gives
     settle twice, accuracy  and then the control's DiPO: the recipe
 
-with three seeds each, and with one: more SFT of as many steps; the ceiling, SFT on one way of writing from the beginning;
-what `settle` lives from (wrong answers kept, sampled instead of greedy, decoded at threshold 0.3); and what
-was tried inside DiPO (a speed reward, with the NLL of right answers, dithered thresholds with credit per
-block). Then start and settle in blocks of 16. Each is evaluated greedily on 1,000 held-out questions at
+with three seeds each, and with one: more SFT of as many steps; the ceiling, SFT on one way of writing from
+the beginning; what `settle` lives from (wrong answers kept, sampled instead of greedy, decoded at threshold
+0.3); and what was tried inside DiPO (a speed reward, with the NLL of right answers, dithered thresholds with
+credit per block). Then start and settle in blocks of 16. Each is evaluated greedily on 1,000 held-out questions at
 thresholds from 0.3 to 0.99. Finished runs are kept, so that it can be interrupted. Writes summary.json and
 speed.png to --out; `python benchmarks/compare.py` says which curve lies outside which.
 """
@@ -187,17 +187,14 @@ class Campaign:
         """Everything, the start first."""
         self.make_data()
         with ThreadPoolExecutor(parallel) as pool:
-            first = [
-                pool.submit(self.start, "start", "ways", 8),
-                pool.submit(self.start, "ceiling", "one-way", 8),
-            ]
-            finish(first)
+            finish([pool.submit(self.start, "start", "ways", 8)])
             self.own_answers("settle", "start")  # once, for all seeds
             work = []
             for seed in range(seeds):
                 work.append(pool.submit(self.recipe, seed))
                 work.append(pool.submit(self.dipo, f"accuracy {seed}", "start", *ACCURACY, f"seed={seed}"))
             work += [pool.submit(self.more_sft), pool.submit(self.sixteen)]
+            work.append(pool.submit(self.start, "ceiling", "one-way", 8))
             for kind in OWN.keys() - {"settle"}:
                 work.append(pool.submit(self.settle, kind, kind, 0))
             for name, fields in INSIDE.items():
