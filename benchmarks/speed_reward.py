@@ -13,9 +13,10 @@ them up (docs/speed.md). From one checkpoint in blocks of 8:
 with three seeds each, and with one: more SFT of as many steps; the ceiling, SFT on one way of writing from
 the beginning; what `settle` lives from (wrong answers kept, sampled instead of greedy, decoded at threshold
 0.3); and what was tried inside DiPO (a speed reward, with the NLL of right answers, dithered thresholds with
-credit per block). Then start and settle in blocks of 16. Each is evaluated greedily on 1,000 held-out questions at
-thresholds from 0.3 to 0.99. Finished runs are kept, so that it can be interrupted. Writes summary.json and
-speed.png to --out; `python benchmarks/compare.py` says which curve lies outside which.
+credit per block). Then start and settle in blocks of 16. Each is evaluated greedily on 1,000 held-out
+questions at thresholds from 0.3 to 0.99; `derived` is the share of responses whose every step is right. (The
+reward sees the box only, whose number can be read off the question.) Finished runs are kept, so that it can
+be interrupted. `python benchmarks/compare.py` says which curve lies outside which.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import tiny  # noqa: E402
 
 from plumbing.common import InputError, read_records, run_script, write_json  # noqa: E402
 from plumbing.config import Parser, folder_name  # noqa: E402
@@ -120,13 +123,20 @@ class Campaign:
             sweep, "max_tokens=56", "max_batch=512", f"limit={self.limit}", f"out={self.path(name)}/sweep",
         )  # fmt: skip
 
-    def curve(self, name: str) -> dict[str, tuple[float, float]]:
-        """(accuracy in %, TPF) by threshold."""
-        summary = json.loads((self.path(name) / "sweep" / "summary.json").read_text())
-        points = {}
+    def curve(self, name: str) -> dict[str, dict[str, float]]:
+        """Accuracy and derived in %, and TPF, by threshold."""
+        folder = self.path(name) / "sweep"
+        summary, points = json.loads((folder / "summary.json").read_text()), {}
         for t in THRESHOLDS:
-            of = summary[f"dynamic-{t:g}"]
-            points[f"{t:g}"] = round(100 * of["accuracy"], 1), round(of["tpf"], 2)
+            figures = summary[f"dynamic-{t:g}"]
+            derived = []
+            for _, record in read_records(str(folder / f"responses-test-dynamic-{t:g}.jsonl")):
+                derived.append(record["correct"] and tiny.is_derived(record["question"], record["text"]))
+            points[f"{t:g}"] = {
+                "accuracy": round(100 * figures["accuracy"], 1),
+                "derived": round(100 * sum(derived) / len(derived), 1),
+                "tpf": round(figures["tpf"], 2),
+            }
         return points
 
     def own_answers(self, kind: str, start: str) -> Path:
@@ -224,10 +234,10 @@ def main() -> None:
     names = [f.parent.parent.name for f in sorted(campaign.out.glob("*/sweep/summary.json"))]
     curves = {name: campaign.curve(name) for name in names}
     write_json(campaign.out / "summary.json", curves)
-    print("\n| accuracy in %, TPF at threshold | " + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |")
+    print("\n| accuracy, derived (%), TPF at threshold | " + " | ".join(f"{t:g}" for t in THRESHOLDS) + " |")
     print("|---" * (len(THRESHOLDS) + 1) + "|")
     for name, points in curves.items():
-        cells = [f"{accuracy}, {tpf}" for accuracy, tpf in points.values()]
+        cells = [f"{p['accuracy']}, {p['derived']}, {p['tpf']}" for p in points.values()]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -60,6 +61,24 @@ def solve_some_way(terms: list[int], rng: random.Random, ways: float) -> str:
         text += f"{total}+{term}={total + term} "
         total += term
     return text + rf"\boxed{{{total}}}"
+
+
+def is_derived(question: str, text: str) -> bool:
+    """Whether a response adds the question's terms, each once, in some order, and every step of it is right.
+
+    A right number in the box alone proves no derivation: it can be read off the question.
+    """
+    steps = re.fullmatch(r"((?:\d{1,4}\+\d{1,4}=\d{1,4} )+)\\boxed\{(\d{1,4})\}", text.strip())
+    if not steps:
+        return False
+    total, used = None, []
+    for step in steps[1].split():
+        left, term, result = map(int, re.split(r"[+=]", step))
+        if left + term != result or total not in (None, left):
+            return False
+        used += [term] if used else [left, term]
+        total = result
+    return total == int(steps[2]) and sorted(used) == sorted(map(int, question.rstrip("?").split("+")))
 
 
 def make_example(

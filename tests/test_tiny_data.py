@@ -224,3 +224,30 @@ def test_command_line_writes_to_the_default_folder(tmp_path: Path) -> None:
         rows = (tmp_path / path).read_text().splitlines()
         assert summary == f"{path}: {len(rows)} rows, {len(rows)} different"
         assert example.strip() == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "derived"),
+    [
+        (r"3+8=11 11+5=16 \boxed{16}", True),
+        (r"5+8=13 13+3=16 \boxed{16}", True),
+        (r"3+8=11 11+5=16 \boxed{16}" + "\n", True),
+        (r"3+8=12 12+5=17 \boxed{16}", False),  # a wrong step
+        (r"3+8=11 12+5=17 \boxed{17}", False),  # which does not go on from the last sum
+        (r"3+8=11 11+8=19 \boxed{16}", False),  # a term twice, another left out
+        (r"3+8=11 \boxed{11}", False),
+        (r"3+8=11 11+5=16 \boxed{17}", False),
+        (r"\boxed{16}", False),
+        (r"3+8=11 11+5=16 16+0=16 \boxed{16}", False),
+        ("", False),
+    ],
+)
+def test_a_derivation_is_walked_step_by_step(text: str, derived: bool) -> None:
+    assert tiny.is_derived("3+8+5?", text) is derived
+
+
+def test_all_training_answers_are_derived() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        example = tiny.make_example(rng, (2, 5), 9, ways=0.5, writer=rng)
+        assert tiny.is_derived(example["question"], example["response"])
