@@ -19,6 +19,7 @@ from zygote import Zygote
 import dipo
 import model
 import sft
+from masking import pack, replay
 from plumbing.checkpoint import gathered, load_tokenizer, tiny
 from plumbing.ranks import start_distributed
 from plumbing.run_folder import RunFolder, lr_at, make_optimizer, set_lr
@@ -121,6 +122,31 @@ def rollout_of(prompt_ids: list[int], response_ids: list[int]) -> Rollout:
     """A rollout with a token per step from the left."""
     n = len(response_ids)
     return Rollout(prompt_ids, response_ids, list(range(1, n + 1)), [0.0] * n, n, "length")
+
+
+@torch.no_grad()
+def chi_square(rollouts: list[Rollout], network, how, block_size: int, mask_id: int) -> tuple[float, int]:
+    """Of how often each trajectory was sampled, against its exact likelihood; and the degrees of freedom.
+
+    All are of one prompt, with holds. Trajectories that are expected less than five times are taken together.
+    """
+    seen: dict[tuple, int] = {}
+    examples: dict[tuple, Rollout] = {}
+    for rollout in rollouts:
+        bounds = [tuple(round(bound, 3) for bound in of_token) for of_token in rollout.hold_bounds]
+        key = tuple(rollout.response_ids), tuple(rollout.steps), tuple(bounds)
+        seen[key] = seen.get(key, 0) + 1
+        examples[key] = rollout
+    views = [replay(r, block_size, 1.0, exact=True) for r in examples.values()]
+    log_likelihood = torch.zeros(len(views))
+    for row in pack(views, block_size, mask_id, 8192):
+        log_likelihood.index_add_(0, row.source, network.score(row, how).logprobs.float())
+    expected = len(rollouts) * log_likelihood.double().exp()
+    found = torch.tensor(list(seen.values()), dtype=torch.double)
+    often = expected >= 5
+    found = torch.cat([found[often], (len(rollouts) - found[often].sum())[None]])
+    expected = torch.cat([expected[often], (len(rollouts) - expected[often].sum())[None].clamp(min=5)])
+    return float(((found - expected) ** 2 / expected).sum()), len(found) - 1
 
 
 # --------------------------------------------------- the loops of sft.py and dipo.py, a step at a time

@@ -19,7 +19,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import TINY, WORDS
+from conftest import TINY, WORDS, chi_square
 from data_rows import write_task
 from zygote import Zygote
 
@@ -172,6 +172,7 @@ SAMPLING = {
     "static": Decoding(max_tokens=30, rule="static", denoising_steps=2),
     "sequential": Decoding(max_tokens=30, rule="sequential", denoising_steps=4),
 }
+DITHERED = Decoding(max_tokens=30, threshold=0.6, dither=0.4)
 
 
 @pytest.mark.parametrize("how", SAMPLING.values(), ids=SAMPLING)
@@ -186,10 +187,10 @@ def test_the_trainer_gives_sampled_tokens_the_engines_logprobs(both, how):
         assert (ours - row.engine_logprobs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["plain", "static", "truncated"])
+@pytest.mark.parametrize("name", ["plain", "static", "truncated", "dithered"])
 def test_the_trainer_gives_holds_the_engines_logprobs(both, name):
     engine, reference = both
-    how = dataclasses.replace(SAMPLING[name], holds=True)
+    how = dataclasses.replace((SAMPLING | {"dithered": DITHERED})[name], holds=True)
     rollouts = engine.generate(prompts_of(range(1, 41)), range(40), how)
     views = [replay(r, engine.block_size, 1.0, exact=True) for r in rollouts]
     gaps = []
@@ -198,9 +199,37 @@ def test_the_trainer_gives_holds_the_engines_logprobs(both, name):
             ours = reference.model.score(row, how).logprobs
         held = row.targets == HOLD
         gaps.append((ours - row.engine_logprobs)[held].abs())
+        assert (ours - row.engine_logprobs)[~held].abs().max() < 2e-4, (
+            "whether they reached theirs belongs to it"
+        )
     gaps = torch.cat(gaps)
     assert (len(gaps) > 100) == (engine.block_size > 1)
     assert (gaps > 1e-3).float().mean() < 0.01 if len(gaps) else True, "a tie that fell otherwise, at most"
+
+
+EXACT = {
+    "hard": Decoding(threshold=0.5, top_k=2, max_tokens=3, holds=True),
+    "dithered": Decoding(threshold=0.6, dither=0.5, top_k=2, max_tokens=3, holds=True),
+}
+
+
+@pytest.mark.parametrize("how", EXACT.values(), ids=EXACT)
+def test_trajectories_are_as_frequent_as_their_exact_likelihood_says(both, how):
+    engine, reference = both
+    if engine.block_size != 4:
+        pytest.skip("one block size is enough")
+    rollouts = engine.generate(prompts_of([9]) * 1500, range(1500), how)
+    value, freedom = chi_square(rollouts, reference.model, how, 4, reference.mask_id)
+    assert freedom > 10
+    assert value < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_greedy_rollouts_with_dithered_thresholds_differ_by_seed(both):
+    engine, reference = both
+    how = dataclasses.replace(EXACT["dithered"], top_k=1, threshold=0.9, dither=0.9, max_tokens=16)
+    steps = {tuple(r.steps) for r in engine.generate(prompts_of([5]) * 20, range(20), how)}
+    again = {tuple(r.steps) for r in engine.generate(prompts_of([5]) * 20, range(20), how)}
+    assert steps == again and (len(steps) > 1) == (engine.block_size > 1)
 
 
 def test_hold_bounds_follow_from_what_was_revealed(both):

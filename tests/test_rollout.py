@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, chi_square
 
 import model
 from masking import pack, replay
@@ -457,3 +457,21 @@ def test_weights_of_another_shape_are_refused(network, shape):
     with pytest.raises(ValueError, match=name):
         make_engine(network).update_weights((tensors | {name: torch.zeros(shape)}).items())
     torch.testing.assert_close(network.get_parameter(name), tensors[name])
+
+
+EXACT = {
+    "hard": Decoding(threshold=0.5, top_k=3, max_tokens=3, holds=True),
+    "dithered": Decoding(threshold=0.6, dither=0.5, top_k=3, max_tokens=3, holds=True),
+    "dithered, cut": Decoding(threshold=0.7, dither=0.6, top_p=0.8, max_tokens=3, holds=True),
+    "static": Decoding(rule="static", denoising_steps=2, top_k=3, max_tokens=3, holds=True),
+}
+
+
+@pytest.mark.parametrize("how", EXACT.values(), ids=EXACT)
+def test_trajectories_are_as_frequent_as_their_exact_likelihood_says(network, how):
+    """The likelihood itself is held against enumeration in test_likelihood.py."""
+    engine = make_engine(network, max_batch=1000)
+    rollouts = engine.generate([random_prompts([9])[0]] * 3000, list(range(3000)), how)
+    value, freedom = chi_square(rollouts, network, how, 4, MASK)
+    assert freedom > 30
+    assert value < freedom + 4 * (2 * freedom) ** 0.5
