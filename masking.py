@@ -265,11 +265,7 @@ class Trajectory:
 
 
 def replay(
-    trajectory: Trajectory,
-    block_size: int,
-    weight: float,
-    exact: bool = False,
-    advantage: float | list[float] = 0.0,
+    trajectory: Trajectory, block_size: int, weight: float, exact: bool = False, advantage: float | list = 0.0
 ) -> Views:
     """The views that a decoder saw, one per (block, denoising step) that happened.
 
@@ -284,7 +280,7 @@ def replay(
 
     Args:
         weight: in the loss, the same for every action of the trajectory.
-        advantage: likewise, or one per token [R], for all actions at its position.
+        advantage: likewise, or a list of one per token [R], for all actions at its position.
 
     Raises:
         ValueError: the trajectory is not whole blocks, or exact and its holds were not recorded.
@@ -295,12 +291,10 @@ def replay(
         raise ValueError(f"a trajectory of {ids.size} tokens is not whole blocks of {block_size}")
 
     # The record by position; the prompt was revealed at step 0, before everything.
-    steps, logprobs = np.zeros(ids.size, int), np.zeros(ids.size)
+    steps, (logprobs, advantages) = np.zeros(ids.size, int), np.zeros((2, ids.size))
     steps[prompt:] = trajectory.steps
     logprobs[prompt:] = trajectory.logprobs
-
-    of_position = np.zeros(ids.size)
-    of_position[prompt:] = advantage
+    advantages[prompt:] = advantage
 
     # A view per (block, step) that happened, in order; in the example block 0 0 1 1, step 1 2 3 4. Within
     # their blocks they are number 0 1 0 1.
@@ -315,14 +309,9 @@ def replay(
     engine_logprobs = np.where(revealed, logprobs[at], np.nan)
     bounds = np.zeros(at.shape)
     if exact:
-        # Holds have bounds on record. A reveal gets that of its view: 0, if nothing held there; infinity,
-        # if its position was the only one masked. (Dithered thresholds look at it.)
         held = masked & ~revealed
         bounds[held], engine_logprobs[held] = _of_holds(trajectory, at - prompt, number, held)
-        of_view = np.where(held, bounds, np.inf).min(-1)
-        of_view[~held.any(-1)] = 0.0
-        of_view[masked.sum(-1) == 1] = np.inf
-        bounds = np.where(revealed, of_view[:, None], bounds)
+        bounds = np.where(revealed, _of_reveals(bounds, masked, held), bounds)
     return Views(
         ids=ids,
         block=block,
@@ -331,7 +320,7 @@ def replay(
         targets=np.where(revealed, ids[at], HOLD),
         bounds=bounds,
         weights=np.full(at.shape, weight),
-        advantages=of_position[at],
+        advantages=advantages[at],
         engine_logprobs=engine_logprobs,
     )
 
@@ -348,6 +337,17 @@ def _of_holds(
         bounds.append(trajectory.hold_bounds[token][hold])
         logprobs.append(trajectory.hold_logprobs[token][hold])
     return bounds, logprobs
+
+
+def _of_reveals(bounds: np.ndarray, masked: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """[K, 1] the bound of a view's reveals, which dithered thresholds look at, from three of [K, B].
+
+    It is that of its holds; 0, if nothing held; infinity, if only one position was masked.
+    """
+    of_view = np.where(held, bounds, np.inf).min(-1, keepdims=True)
+    of_view[~held.any(-1)] = 0.0
+    of_view[masked.sum(-1) == 1] = np.inf
+    return of_view
 
 
 def noise(
@@ -411,7 +411,12 @@ def noise(
 
 
 def all_masked(ids: list[int], prompt_tokens: int, block_size: int) -> Views:
-    """One view of every block with response tokens, none of which it knows; each counts 1."""
+    """Views of all response tokens, each block in one that knows none of its own; every token counts 1.
+
+    Args:
+        ids: prompt and response, whole blocks.
+        prompt_tokens: how many of them are the prompt, which is known.
+    """
     tokens = np.array(ids).reshape(-1, block_size)
     masked = (np.arange(len(ids)) >= prompt_tokens).reshape(-1, block_size)
     block = np.flatnonzero(masked.any(-1))

@@ -12,7 +12,19 @@ import pytest
 import torch
 from conftest import WORDS, random_rollout, rollout_of
 
-from masking import HOLD, Packed, Trajectory, block_mask, dense_mask, noise, pack, padded, replay, visible
+from masking import (
+    HOLD,
+    Packed,
+    Trajectory,
+    all_masked,
+    block_mask,
+    dense_mask,
+    noise,
+    pack,
+    padded,
+    replay,
+    visible,
+)
 from plumbing.balance import plan_packs
 from plumbing.common import InputError
 
@@ -481,6 +493,23 @@ def test_packing_does_not_change_what_is_scored():
         == actions(token_budget=10**9)
         == actions(token_budget=0, plan=[[3, 8, 0], [5], [], [1, 2, 7, 4, 6]])
     )
+
+
+@pytest.mark.parametrize("prompt", range(8))
+def test_all_masked_shows_the_prompt_only(prompt):
+    """Of the block itself; before it stand the clean blocks, as for every view."""
+    ids = list(range(100, 112))
+    views = all_masked(ids, prompt, 4)
+    (row,) = pack([views], 4, MASK, token_budget=99)
+    assert row.ids[:12].tolist() == ids
+    first = prompt // 4  # block with response tokens
+    shown = [ids[i] if i < prompt else MASK for i in range(4 * first, 12)]
+    assert row.ids[12:].tolist() == shown
+    assert row.view[12:].tolist() == [1 + i // 4 for i in range(12 - 4 * first)]
+    assert row.positions[row.scored].tolist() == list(range(prompt, 12))
+    assert row.targets.tolist() == ids[prompt:]
+    assert row.weights.tolist() == [1.0] * (12 - prompt) and not row.advantages.any()
+    assert bool(row.engine_logprobs.isnan().all())
 
 
 def test_to_moves_every_tensor():
