@@ -236,6 +236,16 @@ def speed_penalty(graded: Graded) -> float:
     return 0.5 if graded.correct else -0.5 * _speed(graded)
 
 
+def speed_if_right(graded: Graded, alpha: float = 1.0) -> float:
+    """Accuracy times speed. Right: ((L - steps + 1) / L) ** alpha of L tokens; wrong: 0.
+
+    No wrong answer gains by its speed, and a right one of a token per step, with 1 / L, hardly by being
+    right. Blocks of B in one step each: 1 - 1 / B + 1 / L. Source: Jazbec et al., arXiv 2512.09106.
+    """
+    tokens = len(graded.rollout.response_ids)
+    return ((tokens - graded.rollout.num_steps + 1) / tokens) ** alpha if graded.correct else 0.0
+
+
 def _speed(graded: Graded) -> float:
     """s of `speed`. Blocks of one token have one speed, the slow one."""
     progress = (graded.rollout.tokens_per_forward - 1) / max(graded.block_size - 1, 1)
@@ -248,12 +258,14 @@ def _limit(graded: Graded) -> int:
     return graded.max_tokens
 
 
-# A docstring that begins with "Ours" marks our own. The others have the names, forms and values of DiRL,
-# github.com/OpenMOSS/DiRL: train/orm.py, made in train/rollout_dapo_server.py; see docs/differences.md.
+# A docstring that begins with "Ours" marks our own, and speed_if_right is from elsewhere. The others have the
+# names, forms and values of DiRL, github.com/OpenMOSS/DiRL: train/orm.py, made in
+# train/rollout_dapo_server.py; see docs/differences.md.
 REWARDS: dict[str, Callable[[Graded], float]] = {
     "accuracy": accuracy,
     "speed": speed,
     "speed_penalty": speed_penalty,
+    "speed_if_right": speed_if_right,
     "binary": binary,
     "boxed": boxed,
     "format": think_only,

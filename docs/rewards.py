@@ -29,6 +29,7 @@ def curves() -> list[tuple[str, list[report.Curve]]]:
         (f"{tokens}: DiRL's", by_length, (reward.cosine, reward.length, reward.soft_overlong)),
         (f"{tokens}: ours", by_length, (reward.brevity, reward.dapo_overlong)),
         (f"{tpf}: DiRL's", by_speed, (reward.speed, reward.speed_penalty)),
+        (f"{tpf}: accuracy times speed", by_speed, (reward.speed_if_right,)),
     ):
         found = []
         for function in functions:

@@ -346,6 +346,28 @@ def test_speed_penalty(correct, tpf, value):
     assert reward.speed_penalty(graded(correct, tpf)) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(
+    ("correct", "tokens", "steps", "alpha", "value"),
+    [
+        (True, 8, 1, 1.0, 1.0),  # all at once
+        (True, 8, 8, 1.0, 0.125),  # one by one
+        (True, 8, 5, 1.0, 0.5),
+        (True, 8, 5, 2.0, 0.25),
+        (True, 8, 5, 0.0, 1.0),
+        (True, 1, 1, 3.0, 1.0),
+        (False, 8, 1, 1.0, 0.0),
+        (False, 8, 8, 0.0, 0.0),
+    ],
+)
+def test_speed_if_right(correct, tokens, steps, alpha, value):
+    step_map = [1 + min(i, steps - 1) for i in range(tokens)]
+    rollout = Rollout([5] * 4, [0] * tokens, step_map, [], tokens - 1, "stop")  # the last one is not shown
+    case = Graded(rollout, Question("?", "1"), "", "1", correct, 4)
+    assert reward.speed_if_right(case, alpha) == pytest.approx(value)
+    if alpha == 1:
+        assert reward.values(case, {"speed_if_right": 2.0}) == {"speed_if_right": pytest.approx(value)}
+
+
 def test_accuracy_binary_boxed():
     assert [reward.accuracy(graded(c)) for c in (True, False)] == [1.0, 0.0]
     assert [reward.binary(graded(c)) for c in (True, False)] == [1.0, -1.0]
