@@ -15,6 +15,17 @@ An action is what a masked position did at a step. `likelihood=tokens` (as in Di
 only. `likelihood=exact` scores holds too, so that the sum of the l_k of a trajectory is its exact
 log-probability: with confidence-based unmasking, which positions are revealed is itself random.
 
+What makes decoding faster, all of it off by default, and what each is:
+
+    rewards.speed, ...           policy gradient of the expected reward, as with every reward
+    speed_credit                 credit_per=answer: policy gradient of the number of steps of right answers;
+                                 block, position: blind to later steps, so the gradient of no objective
+    certainty                    an auxiliary loss, SFT on own right answers: pack_certainty
+    dither                       no term: it lets the exact likelihood see how close a draw was to a reveal
+
+"Policy gradient" means exactly that with likelihood=exact, before ratios are clipped and advantages are
+divided by a standard deviation.
+
     torchrun --nproc_per_node 8 dipo.py --config configs/sdar_8b_dipo.yaml
     python dipo.py model=runs/sft/latest data=data/generated/rl.jsonl       # one process, CPU
 
@@ -44,6 +55,9 @@ class DiPOConfig(TrainConfig):
     keep_groups: Literal["spread", "correctness"] = setting(
         "spread", "useful groups: those whose rewards differ, or those of right and wrong responses"
     )
+    least_tpf_spread: float = setting(
+        0.0, "groups without right or without wrong responses: useful if TPF of right ones differs by so much"
+    )
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
     rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; 0: left out", at_least=None)
     reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
@@ -53,9 +67,13 @@ class DiPOConfig(TrainConfig):
     normalize_each: bool = setting(False, "normalise every reward separately before they are added")
     speed_credit: float = setting(0.0, "weight of speed_credits, added to the advantages of right answers")
     credit_per: Literal["answer", "block", "position"] = setting("answer", "whose steps: see speed_credits")
-    certainty: float = setting(0.0, "weight of the NLL of right answers, see certainty_views")
-    certainty_on: Literal["right", "fast"] = setting("right", "all, or those of average speed and more")
-    certainty_at: Literal["first", "noise"] = setting("first", "blocks all masked, or tokens at random")
+    certainty: float = setting(0.0, "weight of the NLL of right answers, see pack_certainty")
+    certainty_on: Literal["right", "fast"] = setting(
+        "right", "all right answers, or those with at least the mean TPF of the group's right answers"
+    )
+    certainty_at: Literal["first", "noise"] = setting(
+        "first", "what is masked: whole blocks, or tokens at random as in SFT"
+    )
     likelihood: Literal["tokens", "exact"] = setting("tokens", "score reveals, or reveals and holds")
     normalizer: Literal["group", "batch", "sequence"] = setting("group", "see action_weight")
     clip_low: float = setting(0.2, "no gradient from ratios below 1 - clip_low if the advantage is negative")
@@ -94,6 +112,10 @@ class DiPOConfig(TrainConfig):
             raise InputError(f"config key gap_limit: {min(unknown)}, expected float32 or bfloat16")
         if (self.likelihood, self.train_on) == ("exact", "softmax"):
             raise InputError("config key train_on: softmax, expected sampled, since likelihood is exact")
+        if self.dither and (self.rule, self.likelihood) != ("dynamic", "exact"):
+            raise InputError("config key dither: only with rule=dynamic and likelihood=exact")
+        if self.dither > self.threshold:
+            raise InputError(f"config key dither: {self.dither}, expected at most threshold={self.threshold}")
         check_sources(self)
 
 
@@ -157,10 +179,16 @@ def make_group(number: int, graded: list[Graded], config: DiPOConfig) -> Group:
     totals = [reward.total(r, config.rewards) for r in rewards]
     advantages = group_advantages(rewards, totals, config)
     credits = speed_credits(graded, config) if config.speed_credit else None
-    useful = any(advantages) or any(map(any, credits or []))
-    useful = useful or bool(config.certainty and any(g.correct for g in graded))
-    if config.keep_groups == "correctness":
-        useful = len({g.correct for g in graded}) == 2
+    right = [g for g in graded if g.correct]
+    useful = any(advantages) or any(map(any, credits or [])) or bool(config.certainty and right)
+
+    # Dropped by choice: verdicts that are all the same, or these at nearly one speed.
+    if len(right) in (0, len(graded)):
+        speeds = [g.rollout.tokens_per_forward for g in right] or [0.0]
+        useful = useful and max(speeds) - min(speeds) >= config.least_tpf_spread
+        useful = useful and config.keep_groups == "spread"
+    elif config.keep_groups == "correctness":
+        useful = True
     return Group(number, graded, rewards, totals, advantages, useful, credits)
 
 
@@ -194,12 +222,21 @@ def speed_credits(graded: list[Graded], config: DiPOConfig) -> list[list[float]]
 
         answer     those of its block and of all later ones: what its decision can still influence
         block      those of its block
-        position   those until it was revealed
+        position   those of its block until it was revealed
 
-    They are compared at the same position, in units of the standard deviation of the whole answers' steps,
-    and weighted by config.speed_credit. Zero for wrong answers, and where nothing can be compared.
-    `answer` is the policy gradient of the number of steps, with less noise than one advantage for all; the
-    others leave out what a decision does to the rest of the answer.
+    They are compared with the answers that have such a token, and weighted by config.speed_credit; with
+    advantage_std in units of the standard deviation of the whole answers' steps. Zero for wrong answers, and
+    where nothing can be compared.
+
+    Let C_t be the steps that count for token t, q_t the probability that an answer is right and has a token
+    t, and d_t the gradient through the actions at token t. Without division and with likelihood=exact, the
+    credits of a group of G times the gradients of the actions' log-probabilities have the expected sum
+
+        - G sum_t q_t w_t d_t E[C_t | right, has t]        w_t = 1 - (1 - q_t)^(G - 1)
+
+    (enumerated in tests/test_likelihood.py), where w_t is the chance that there is an answer to compare with.
+    With `answer`, if all are right and of one length, that is - G times the gradient of E[steps]; `block` and
+    `position` leave out what a decision does to other blocks or positions. Being wrong saves nothing.
     """
     counts: dict[int, list[int]] = {}  # by index of a right answer: what counts for each token
     for i, g in enumerate(graded):
@@ -207,19 +244,27 @@ def speed_credits(graded: list[Graded], config: DiPOConfig) -> list[list[float]]
             counts[i] = counted_steps(g.rollout, g.block_size, config.credit_per)
     credits = [[0.0] * len(g.rollout.steps) for g in graded]
     steps = [graded[i].rollout.num_steps for i in counts]
-    spread = statistics.pstdev(steps) if len(steps) > 1 else 0.0
-    if spread < 1e-6:
+    if len(steps) < 2 or (config.advantage_std and len(set(steps)) == 1):
         return credits
+    unit = statistics.pstdev(steps) if config.advantage_std else 1.0
     for i, own in counts.items():
         for t, count in enumerate(own):
             others = [other[t] for j, other in counts.items() if j != i and t < len(other)]
             if others:
-                credits[i][t] = config.speed_credit * (statistics.fmean(others) - count) / spread
+                credits[i][t] = config.speed_credit * (statistics.fmean(others) - count) / unit
     return credits
 
 
 def counted_steps(rollout: Rollout, block_size: int, per: str) -> list[int]:
-    """For each token of a response the number of steps that `speed_credits` compares."""
+    """For each token of a response the number of steps that `speed_credits` compares.
+
+    Block size 4, two prompt tokens in the first block:
+
+        steps       2 1   3 4 3 4
+        answer      4 4   2 2 2 2
+        block       2 2   2 2 2 2
+        position    2 1   1 2 1 2
+    """
     first: dict[int, int] = {}  # step of each block
     blocks = [(len(rollout.prompt_ids) + t) // block_size for t in range(len(rollout.steps))]
     for block, step in zip(blocks, rollout.steps, strict=True):
@@ -360,7 +405,7 @@ def dipo_loss(
 
     Args:
         logprobs, old_logprobs: [M] of each action, under the policy now and when it was sampled.
-        advantages: [M] of the action's trajectory.
+        advantages: [M] of the action: its trajectory's, plus the credit of its token.
         weights: [M] the normaliser, see `action_weight`.
         reference_logprobs: [M] under the reference, if config.kl_beta is not 0.
 
@@ -492,11 +537,13 @@ def pack_groups(groups: list[Group], config: DiPOConfig, block_size: int, mask_i
 def pack_certainty(groups: list[Group], config: DiPOConfig, block_size: int, mask_id: int) -> list[Packed]:
     """Rows for the auxiliary loss of config.certainty: right answers, at positions that are masked.
 
-    It is the loss of SFT on own answers, no policy gradient of the reward: what the decoder wrote in many
-    steps shall be sure in few. `weights` of all rows of all ranks add up to config.certainty, so that an
-    advantage of 1 on every token of the batch would weigh as much at certainty 1.
+    It is the loss of SFT on own answers, not the policy gradient of any reward: what the decoder wrote in
+    many steps shall be sure in few. `weights` of the rows of all ranks add up to config.certainty (with
+    certainty_at=noise on average over the noise), as those of the policy's reveals add up to 1. No rows on
+    any rank if no answer is right. Source: LightningRL (2603.13319), whose NLL is over masked blocks.
     """
-    own, sizes, tokens = [], [], 0
+    # The views of this rank's right answers.
+    own, tokens = [], 0
     for group in groups:
         right = [g.rollout for g in group.graded if g.correct]
         if config.certainty_on == "fast" and right:
@@ -510,24 +557,31 @@ def pack_certainty(groups: list[Group], config: DiPOConfig, block_size: int, mas
                 rng = np.random.default_rng([config.seed, 2, rollout.seed])
                 views = noise(ids, prompt, block_size, rng, views=2, complementary=True)
             own.append(views)
-            sizes.append(views.num_tokens)
             tokens += len(rollout.response_ids)
+
+    # The mean over the tokens of all ranks, in rows of similar size on all of them.
     tokens = sum_over_ranks({"tokens": tokens})["tokens"]
+    if not tokens:
+        return []
     for views in own:
-        views.weights = views.weights * config.certainty / max(tokens, 1)
-    dealt, plan = deal(own, sizes, config.token_budget)
+        views.weights = views.weights * config.certainty / tokens
+    dealt, plan = deal(own, [views.num_tokens for views in own], config.token_budget)
     return pack(dealt, block_size, mask_id, config.token_budget, plan)
 
 
 def accumulate_certainty(policy: BlockDiffusion, rows: list[Packed], config: DiPOConfig) -> float:
-    """Add the gradient of the NLL of all rows of all ranks; the NLL per masked token, over all ranks."""
-    world, nll = rank_and_world()[1], 0.0
-    for packed in micro_batches(policy, rows, config.reduce_once):
-        logprobs = policy.score(packed, Sampling()).logprobs
-        loss = -(packed.weights * logprobs).sum()
+    """Add the gradient of the auxiliary loss over all rows of all ranks, of which there are some.
+
+    Returns:
+        The metric certainty_nll: the loss per unit of its weight, in nats per masked token of right answers,
+        under the softmax at temperature 1, over all ranks, before the last update.
+    """
+    (rank, world), total = rank_and_world(), 0.0
+    for number, packed in enumerate(micro_batches(policy, rows, config.reduce_once), start=1):
+        loss = -(packed.weights * policy.score(packed, Sampling()).logprobs).sum()
         (loss * world).backward()
-        nll += loss.item()
-    return sum_over_ranks({"nll": nll})["nll"] / config.certainty
+        total += noted(loss.item(), f"certainty of row {number} of {len(rows)} on rank {rank}")
+    return sum_over_ranks({"loss": total})["loss"] / config.certainty
 
 
 def policy_sampling(config: DiPOConfig) -> Decoding:
@@ -675,16 +729,15 @@ def main(config: DiPOConfig) -> None:
             # Replay every decision as the decoder saw it, in packed rows dealt out evenly to the ranks.
             packs = [p.to(device) for p in pack_groups(groups, config, block_size, mask_id)]
             rows = score_rows(packs, policy, reference, config)
-            certainty = []
-            if config.certainty:
-                certainty = [p.to(device) for p in pack_certainty(groups, config, block_size, mask_id)]
+            sure = pack_certainty(groups, config, block_size, mask_id) if config.certainty else []
+            sure = [p.to(device) for p in sure]
             stats = []
             for update in range(config.updates):
                 # The policy gradient of all rows: forward and backward, summed over the ranks.
                 stats += accumulate_gradients(policy, rows, config, first_update=update == 0)
                 metrics |= training_metrics(stats, config)
-                if certainty:
-                    metrics["certainty_nll"] = accumulate_certainty(policy, certainty, config)
+                if sure:
+                    metrics["certainty_nll"] = accumulate_certainty(policy, sure, config)
 
                 # One optimizer step, if all numbers are in order.
                 norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -17,7 +17,16 @@ import torch.distributed as dist
 from conftest import Trainer, rollout_of
 
 import model
-from dipo import DiPOConfig, Group, pack_groups, sample_groups
+from dipo import (
+    DiPOConfig,
+    Group,
+    accumulate_certainty,
+    accumulate_gradients,
+    pack_certainty,
+    pack_groups,
+    sample_groups,
+    score_rows,
+)
 from masking import HOLD, Packed, noise, pack, replay
 from plumbing.checkpoint import gather_into, gathered, named_weights, read_copied, save
 from plumbing.config import load_config
@@ -114,6 +123,27 @@ def run_lone(folder: Path, out: Path) -> list[dict]:
     return run_dipo(folder, out, "tokens", count=1)
 
 
+def run_certainty(folder: Path, out: Path, at: str = "first", budget: int = 1) -> list[dict]:
+    """The policy gradient and the loss of certainty in one update. Three groups, two answers right, both of
+    the first group: all ranks except the first have none before they are dealt out."""
+    settings = {"rewards.accuracy": 0, "rewards.speed": 1.0, "group_size": 2, "certainty": 0.7}
+    case = Case(DiPOConfig, folder, out / "run", token_budget=budget, certainty_at=at, **settings)
+    trainer = case.trainer
+    config, sizes = trainer.config, (trainer.block_size, trainer.mask_id)
+    groups = useful_groups(trainer, 3)
+    for graded in groups[0].graded:
+        graded.correct = True
+    mine = groups[trainer.rank :: trainer.world]
+    assert pack_certainty(mine[1:], config, *sizes) == [], "no answer is right: no rows, on any rank"
+    rows = score_rows(pack_groups(mine, config, *sizes), trainer.model, None, config)
+    sure = pack_certainty(mine, config, *sizes)
+    accumulate_gradients(trainer.model, rows, config, first_update=True)
+    metrics = {"certainty_nll": accumulate_certainty(trainer.model, sure, config)}
+    metrics["grad_norm"] = trainer.optimizer_step()
+    case.add(metrics, [[len(p.source.unique()), len(p)] for p in sure])
+    return case.record
+
+
 def private_bytes() -> int:
     """Memory of this process that is no mapped file, so not the checkpoint's pages."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
@@ -182,6 +212,8 @@ CASES = {
     "exact": run_dipo,
     "tokens": lambda folder, out: run_dipo(folder, out, "tokens"),
     "lone": run_lone,
+    "certainty": run_certainty,
+    "certainty-noise": lambda folder, out: run_certainty(folder, out, "noise", budget=100_000),
 }
 
 

@@ -4,13 +4,15 @@ The oracle of the gradients scores every view by itself: earlier blocks clean, t
 seen, one forward without packing, and the loss added up action by action as the formulas say.
 """
 
+import dataclasses
 import json
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, Trainer, rollout_of
+from conftest import TINY, WORDS, Trainer, random_rollout, rollout_of
 from data_rows import write_task
 
 import dipo
@@ -19,6 +21,7 @@ import sft
 from dipo import (
     DiPOConfig,
     Group,
+    accumulate_certainty,
     accumulate_gradients,
     action_weight,
     collect_groups,
@@ -26,16 +29,20 @@ from dipo import (
     group_advantages,
     hold_agreement,
     make_group,
+    pack_certainty,
     pack_groups,
     policy_sampling,
     sample_groups,
     score_rows,
+    speed_credits,
     training_metrics,
 )
 from masking import HOLD, noise
 from plumbing.checkpoint import named_weights, tiny
 from plumbing.common import DataOrder, InputError, read_records
 from plumbing.config import load_config
+from plumbing.guard import NOTES, Guard
+from plumbing.run_folder import RunFolder
 from reward import Graded, Question, read_questions
 from rollout import Rollout
 from sft import Example, SFTConfig, read_examples
@@ -643,3 +650,314 @@ def test_a_disputed_hold_does_not_dominate_the_gradient(folder, tmp_path, groups
     dominated, _ = gradient_norm()
     assert dominated > 5 * agreed, "the negative control"
     assert disputed < 1.5 * agreed
+
+
+# -------------------------------------------------------------------------------- credit for speed
+
+
+def verdict(rollout: Rollout, correct: bool) -> Graded:
+    return Graded(rollout, Question("q", "1"), "", "1", correct, BLOCK)
+
+
+def credits_by_brute_force(graded: list[Graded], per: str, unit: float) -> list[list[float]]:
+    """Sets of the steps that count, token by token; `unit` is what one step is worth."""
+
+    def counted(g: Graded, t: int) -> int:
+        prompt, found = len(g.rollout.prompt_ids), set()
+        block = (prompt + t) // BLOCK
+        for other, step in enumerate(g.rollout.steps):
+            its_block = (prompt + other) // BLOCK
+            later = its_block > block and per == "answer"
+            before = its_block == block and (per != "position" or step <= g.rollout.steps[t])
+            if later or before:
+                found.add(step)
+        return len(found)
+
+    credits = []
+    for i, g in enumerate(graded):
+        row = []
+        for t in range(len(g.rollout.steps)):
+            others = [
+                counted(o, t)
+                for j, o in enumerate(graded)
+                if i != j and o.correct and t < len(o.rollout.steps)
+            ]
+            saved = sum(others) / len(others) - counted(g, t) if g.correct and others else 0.0
+            row.append(unit * saved)
+        credits.append(row)
+    return credits
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+@pytest.mark.parametrize("per", ["answer", "block", "position"])
+def test_speed_credits_against_brute_force(per, by_std):
+    """Of answers of different lengths, some wrong, after prompts that end inside a block or not."""
+    rng, lone_tokens, nonzero = random.Random(per), 0, 0
+    for prompt in (4, 5, 7, 10):
+        for _ in range(5):
+            rollouts = [random_rollout(rng, BLOCK, prompt) for _ in range(6)]
+            graded = [verdict(r, rng.random() < 0.7) for r in rollouts]
+            right = [len(set(g.rollout.steps)) for g in graded if g.correct]
+            config = DiPOConfig(speed_credit=0.3, credit_per=per, advantage_std=by_std)
+            found = speed_credits(graded, config)
+            unit = 0.3
+            if by_std:
+                mean = sum(right) / max(len(right), 1)
+                std = math.sqrt(sum((n - mean) ** 2 for n in right) / max(len(right), 1))
+                unit = 0.3 / std if std else 0.0
+            wanted = credits_by_brute_force(graded, per, unit)
+            assert len(found) == len(wanted)
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert ours == pytest.approx(theirs)
+            longest = sorted(len(g.rollout.steps) for g in graded if g.correct)[-2:]
+            lone_tokens += len(longest) == 2 and longest[1] - longest[0]
+            nonzero += sum(map(any, found))
+    assert lone_tokens > 0 and nonzero > 20, "the cases that were to be covered"
+
+
+def test_speed_credits_by_hand():
+    """The prompt's tail opens the first block: 2 tokens of it, then one block more."""
+    fast = Rollout([1, 2], [3] * 6, [1, 1, 2, 2, 2, 3], [], 6, "stop")
+    slow = Rollout([1, 2], [3] * 6, [2, 1, 3, 4, 5, 6], [], 6, "stop")
+    wanted = {"answer": [3, 3, 2, 2, 2, 2], "block": [1, 1, 2, 2, 2, 2], "position": [1, 0, 0, 1, 2, 2]}
+    for per, saved in wanted.items():
+        config = DiPOConfig(speed_credit=1.0, credit_per=per)  # the standard deviation of 3 and 6 is 1.5
+        graded = [verdict(fast, True), verdict(slow, True), verdict(fast, False)]
+        found = speed_credits(graded, config)
+        assert found[0] == pytest.approx([x / 1.5 for x in saved]), per
+        assert found[1] == pytest.approx([-x / 1.5 for x in saved]), per
+        assert found[2] == [0] * 6
+
+
+@pytest.mark.parametrize("per", ["answer", "block", "position"])
+def test_nothing_to_compare_has_no_credit(per):
+    rng = random.Random(1)
+    rollouts = [random_rollout(rng, BLOCK, 5, blocks=3) for _ in range(3)]
+    config = DiPOConfig(speed_credit=1.0, credit_per=per)
+    for verdicts in ((True, False, False), (False, False, False)):
+        graded = [verdict(r, c) for r, c in zip(rollouts, verdicts, strict=True)]
+        assert not any(map(any, speed_credits(graded, config)))
+    # Right ones of equal speed: 4 steps in another order, while the wrong one is faster.
+    pair = [Rollout([1] * 4, [2] * 8, steps, [], 8, "stop") for steps in ([1] * 4 + [2, 3, 4, 4],
+            [1, 2, 3, 3] + [4] * 4, [1] * 4 + [2] * 4)]  # fmt: skip
+    graded = [verdict(r, c) for r, c in zip(pair, (True, True, False), strict=True)]
+    assert not any(map(any, speed_credits(graded, config)))
+
+
+def test_credits_are_added_to_the_advantages_token_by_token():
+    rng = random.Random(2)
+    graded = [verdict(random_rollout(rng, BLOCK, 6, blocks=3), c) for c in (True, True, False)]
+    config = DiPOConfig(speed_credit=0.5, credit_per="position", group_size=3, likelihood="exact")
+    group = make_group(0, graded, config)
+    assert any(group.credits[0]) and any(group.credits[1]) and not any(group.credits[2])
+    (packed,) = pack_groups([group], config, BLOCK, WORDS)
+    positions, source = packed.positions[packed.scored] - 6, packed.source
+    wanted = [group.advantages[i] + group.credits[i][t] for i, t in zip(source, positions, strict=True)]
+    assert packed.advantages.tolist() == pytest.approx(wanted)
+    assert bool((packed.targets == HOLD).any())
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "steps", "spread", "kept"),
+    [
+        ((True, True), (3, 8), 1.6, True),  # TPF 8 / 3 and 1
+        ((True, True), (3, 8), 1.7, False),
+        ((True, True), (4, 4), 0.01, False),
+        ((False, False), (3, 8), 0.01, False),
+        ((True, False), (4, 4), 9.0, True),  # the verdicts differ
+        ((False, False), (3, 8), 0.0, True),  # off
+    ],
+)
+def test_groups_of_one_verdict_need_a_spread_of_tpf(verdicts, steps, spread, kept):
+    maps = {3: [1, 1, 1, 1, 2, 2, 3, 3], 4: [1, 1, 2, 2, 3, 3, 4, 4], 8: list(range(1, 9))}
+    graded = []
+    for correct, count, box in zip(verdicts, steps, ("1", None), strict=True):  # the rewards differ
+        rollout = Rollout([1] * 4, [2] * 8, maps[count], [], 8, "stop")
+        graded.append(dataclasses.replace(verdict(rollout, correct), answer=box))
+    config = DiPOConfig(rewards={"accuracy": 1.0, "boxed": 1.0}, least_tpf_spread=spread)
+    assert make_group(0, graded, config).useful is kept
+    by_verdict = dataclasses.replace(config, keep_groups="correctness")
+    assert make_group(0, graded, by_verdict).useful is (verdicts == (True, False))
+
+
+def test_groups_with_credits_or_right_answers_are_useful():
+    fast, slow = Rollout([1] * 4, [2] * 4, [1] * 4, [], 4, "stop"), rollout_of([1] * 4, [2] * 4)
+    both = [verdict(fast, True), verdict(slow, True)]
+    assert not make_group(0, both, DiPOConfig()).useful
+    assert make_group(0, both, DiPOConfig(speed_credit=0.1)).useful
+    for correct, useful in ((True, True), (False, False)):
+        same = [verdict(slow, correct)] * 2
+        assert not make_group(0, same, DiPOConfig(speed_credit=0.1)).useful
+        assert make_group(0, same, DiPOConfig(certainty=0.1)).useful is useful
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"likelihood": "tokens"}, {"rule": "static"}, {"dither": 0.9, "threshold": 0.8}],
+    ids=str,
+)
+def test_dither_is_refused_where_it_means_nothing(folder, tmp_path, changes):
+    settings = {"dither": 0.3, "likelihood": "exact"}
+    assert configured(DiPOConfig, folder, tmp_path, **settings).dither == 0.3
+    with pytest.raises(InputError, match="config key dither"):
+        configured(DiPOConfig, folder, tmp_path, **(settings | changes))
+
+
+# ------------------------------------------------------------------------- certainty on right answers
+
+
+def judged(groups: list[Group], verdicts: list[list[bool]]) -> list[Group]:
+    """The same rollouts with these verdicts: a random checkpoint is never right."""
+    changed = []
+    for group, of_group in zip(groups, verdicts, strict=True):
+        pairs = zip(group.graded, of_group, strict=True)
+        graded = [dataclasses.replace(g, correct=correct) for g, correct in pairs]
+        changed.append(dataclasses.replace(group, graded=graded))
+    return changed
+
+
+VERDICTS = [[True, False, True, True], [False] * 4, [False, True, True, False]]
+
+
+def certainty_by_hand(network, groups, config, mask_id) -> float:
+    """The loss, one masked block after the other, its gradient added to the network's."""
+    right = []
+    for group in groups:
+        of_group = [g.rollout for g in group.graded if g.correct]
+        if config.certainty_on == "fast" and of_group:
+            speeds = [len(r.steps) / len(set(r.steps)) for r in of_group]
+            least = sum(speeds) / len(speeds)
+            of_group = [r for r, tpf in zip(of_group, speeds, strict=True) if tpf >= least]
+        right += of_group
+    tokens, total = sum(len(r.response_ids) for r in right), 0.0
+    for r in right:
+        ids, prompt = r.prompt_ids + r.response_ids, len(r.prompt_ids)
+        if config.certainty_at == "noise":
+            rng = np.random.default_rng([config.seed, 2, r.seed])
+            drawn = noise(ids, prompt, BLOCK, rng, "sequence", 2, True)
+            views = list(zip(drawn.block.tolist(), drawn.masked, drawn.weights, strict=True))
+        else:
+            views = []
+            for block in range(prompt // BLOCK, len(ids) // BLOCK):
+                masked = [i >= prompt for i in range(block * BLOCK, (block + 1) * BLOCK)]
+                views.append((block, masked, [1.0] * BLOCK))
+        for block, masked, weights in views:
+            begin = block * BLOCK
+            own = ids[begin : begin + BLOCK]
+            seen = [mask_id if m else i for i, m in zip(own, masked, strict=True)]
+            p = probabilities(network, ids[:begin], seen)
+            loss = 0.0
+            for j in range(BLOCK):
+                if masked[j]:
+                    loss = loss - config.certainty * weights[j] / tokens * p[j, own[j]].log()
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+@pytest.mark.parametrize("at", ["first", "noise"])
+@pytest.mark.parametrize("on", ["right", "fast"])
+def test_certainty_is_a_loop_over_masked_blocks(folder, tmp_path, groups, on, at):
+    for budget in (30, 100000):
+        settings = {"certainty": 0.7, "certainty_on": on, "certainty_at": at, "token_budget": budget}
+        settings |= {"temperature": 1.3, "top_k": 5}  # of the rollouts: it is not about them
+        trainer = start(DiPOConfig, folder, tmp_path / str(budget), **settings)
+        chosen = judged(groups, VERDICTS)
+        network = model.load(str(folder))
+        loss = certainty_by_hand(network, chosen, trainer.config, trainer.mask_id)
+        rows = pack_certainty(chosen, trainer.config, BLOCK, trainer.mask_id)
+        assert (len(rows) > 1) == (budget == 30)
+        if at == "first":
+            assert sum(row.weights.sum().item() for row in rows) == pytest.approx(0.7)
+        nll = accumulate_certainty(trainer.model, rows, trainer.config)
+        assert nll == pytest.approx(loss / 0.7, rel=1e-5)
+        assert_same(gradients_of(trainer.model), gradients_of(network))
+
+
+def test_fast_right_answers_are_fewer(folder, tmp_path, groups):
+    tokens = {}
+    for on in ("right", "fast"):
+        config = configured(DiPOConfig, folder, tmp_path, certainty=1.0, certainty_on=on)
+        rows = pack_certainty(judged(groups, VERDICTS), config, BLOCK, WORDS)
+        tokens[on] = sum(len(row.scored) for row in rows)
+    assert 0 < tokens["fast"] < tokens["right"]
+
+
+def test_weights_of_noise_add_up_on_average(folder, tmp_path, groups):
+    sums = []
+    for seed in range(80):
+        config = configured(DiPOConfig, folder, tmp_path, certainty=0.7, certainty_at="noise", seed=seed)
+        rows = pack_certainty(judged(groups, VERDICTS), config, BLOCK, WORDS)
+        sums.append(sum(row.weights.sum().item() for row in rows))
+    error = np.std(sums) / math.sqrt(len(sums))
+    assert abs(np.mean(sums) - 0.7) < 4 * error and np.std(sums) > 0.001
+
+
+def test_without_right_answers_there_are_no_rows(folder, tmp_path, groups):
+    config = configured(DiPOConfig, folder, tmp_path, certainty=1.0)
+    assert pack_certainty(judged(groups, [[False] * 4] * 3), config, BLOCK, WORDS) == []
+
+
+def test_a_certainty_that_is_no_number_skips_the_step(folder, tmp_path, groups):
+    trainer = start(DiPOConfig, folder, tmp_path / "run", certainty=0.5)
+    rows = pack_certainty(judged(groups, VERDICTS), trainer.config, BLOCK, trainer.mask_id)
+    rows[0].weights[0] = math.nan
+    NOTES.clear()
+    accumulate_certainty(trainer.model, rows, trainer.config)
+    norm = torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0).item()
+    metrics = {"loss": 0.1, "grad_norm": norm}
+    assert not Guard(trainer.config).allows(1, metrics)
+    assert metrics["skipped"] == f"grad_norm is nan; certainty of row 1 of {len(rows)} on rank 0 is nan"
+
+
+FASTER = {
+    "likelihood": "exact", "dither": 0.3, "speed_credit": 0.5, "certainty": 0.2, "normalize_each": "true",
+    "rewards.speed": 0.5, "rewards.speed_if_right": 0.5, "updates": 2, "groups": 2, "group_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"certainty_at": "noise", "keep_groups": "correctness"},
+        {"certainty_on": "fast", "credit_per": "position", "least_tpf_spread": 0.01},
+    ],
+    ids=str,
+)
+def test_a_run_for_speed_resumes_bit_for_bit(folder, tmp_path, monkeypatch, changes):
+    """All terms together, killed in the middle of a step."""
+    real_grade, real_log = dipo.grade, RunFolder.log
+
+    def grade(rollouts, *arguments):  # a random checkpoint is never right: half of its answers shall be
+        graded = real_grade(rollouts, *arguments)
+        return [dataclasses.replace(g, correct=sum(g.rollout.response_ids) % 2 == 0) for g in graded]
+
+    class Killed(BaseException):
+        """Stands for SIGKILL."""
+
+    def log(self, step, metrics):
+        if step == 3 and "killed" in str(self.path):
+            raise Killed
+        real_log(self, step, metrics)
+
+    monkeypatch.setattr(dipo, "grade", grade)
+    monkeypatch.setattr(RunFolder, "log", log)
+    settings = FASTER | changes | {"steps": 4, "save_every": 1}
+    dipo.main(configured(DiPOConfig, folder, tmp_path / "whole", **settings))
+    with pytest.raises(Killed):
+        dipo.main(configured(DiPOConfig, folder, tmp_path / "killed", **settings))
+    monkeypatch.setattr(RunFolder, "log", real_log)
+    dipo.main(configured(DiPOConfig, folder, tmp_path / "killed", **settings, resume="true"))
+
+    runs = {
+        name: [r for _, r in read_records(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")
+    }
+    for ours, theirs in zip(runs["killed"], runs["whole"], strict=True):
+        timed = {name for name in theirs if "seconds" in name.split("/")}
+        assert {n: v for n, v in ours.items() if n not in timed} == {
+            n: v for n, v in theirs.items() if n not in timed
+        }
+        assert theirs["certainty_nll"] > 0 and theirs["gap_max"] < 1e-3 and "skipped" not in theirs
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        files = [tmp_path / run / "latest" / name for run in ("whole", "killed")]
+        assert files[0].read_bytes() == files[1].read_bytes()

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dipo import DiPOConfig, speed_credits
 from masking import HOLD, pack, replay
 from model import sampling_logprobs, score_logits
+from reward import Graded, Question
 from rollout import Decoding, Rollout, hold_bound, reveal
 
 
@@ -296,3 +298,113 @@ def test_reveal_of_a_token_that_left_the_nucleus_is_finite():
     logprob, gradient = score_one([3.0, 2.0, -1.0], 2, 0.0, Decoding(top_k=2))
     assert logprob == pytest.approx(-20.7)
     assert bool(gradient.isfinite().all())
+
+
+# ------------------------------------------------------------------ the gradient of dipo.speed_credits
+
+
+@dataclass
+class TwoBlocks:
+    """A response of two blocks, or of one where the text ends after it, with its exact probability."""
+
+    probability: torch.Tensor
+    parts: list[tuple[Table, Rollout]]  # a block's table, and how the block was filled
+    graded: Graded
+
+
+def enumerate_two_blocks(how, ends_early: bool, some_wrong: bool) -> tuple[list[Table], list[TwoBlocks]]:
+    """The second block has a table for each content of the first: what it says depends on that."""
+    first = Table.random(2, 2, seed=5)
+    second = {
+        content: Table.random(2, 2, 6 + i) for i, content in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)])
+    }
+    found = []
+    for a in enumerate_trajectories(first, how, []):
+        rests = enumerate_trajectories(second[tuple(a.rollout.response_ids)], how, [])
+        if ends_early and a.rollout.response_ids[1] == 0:
+            rests = [None]
+        for b in rests:
+            ids, steps = list(a.rollout.response_ids), list(a.rollout.steps)
+            probability, parts = a.probability, [(first, a.rollout)]
+            if b:
+                parts.append((second[tuple(a.rollout.response_ids)], b.rollout))
+                ids += b.rollout.response_ids
+                steps += [max(a.rollout.steps) + step for step in b.rollout.steps]
+                probability = probability * b.probability
+            whole = Rollout([], ids, steps, [0.0] * len(ids), len(ids), "stop")
+            right = not some_wrong or sum(ids) % 3 > 0
+            found.append(TwoBlocks(probability, parts, Graded(whole, Question("", ""), "", "", right, 2)))
+    return [first, *second.values()], found
+
+
+def counting(graded: Graded, t: int, per: str) -> int:
+    """How many different steps count for token t, by going through all tokens."""
+    steps, of_block = graded.rollout.steps, t // 2
+    if per == "answer":
+        return len({s for i, s in enumerate(steps) if i // 2 >= of_block})
+    return len({s for i, s in enumerate(steps) if i // 2 == of_block and (per == "block" or s <= steps[t])})
+
+
+def wanted_gradient(tables, cases, group_size: int, per: str) -> list[torch.Tensor]:
+    """By table: - G sum over t of q w d E[C | right, has t], d through the logits at token t alone."""
+    wanted = [torch.zeros_like(table.logits) for table in tables]
+    for t in range(4):
+        with_t = [c for c in cases if c.graded.correct and t < len(c.graded.rollout.steps)]
+        q = sum(c.probability for c in with_t)
+        mean = sum(c.probability * counting(c.graded, t, per) for c in with_t) / q
+        weight = (q * (1 - (1 - q) ** (group_size - 1))).detach()
+        logits = [table.logits for table in tables]
+        gradients = torch.autograd.grad(mean, logits, retain_graph=True, materialize_grads=True)
+        for i, gradient in enumerate(gradients):
+            if (i > 0) == (t >= 2):  # the first table is that of the first block
+                wanted[i][:, t % 2] -= group_size * (weight * gradient)[:, t % 2]
+    return wanted
+
+
+def credited_gradient(tables, cases, how, group_size: int, per: str) -> list[torch.Tensor]:
+    """By table: of the expected sum over a group of credits times log-probabilities, as the code has them."""
+    config = DiPOConfig(speed_credit=1.0, credit_per=per, advantage_std=False)
+    kinds: dict[tuple, tuple[Graded, float]] = {}  # what credits depend on: step map and verdict
+    for c in cases:
+        key = (tuple(c.graded.rollout.steps), c.graded.correct)
+        kinds[key] = c.graded, kinds.get(key, (None, 0.0))[1] + c.probability.item()
+    expected = {}
+    for key, (own, _) in kinds.items():
+        expected[key] = torch.zeros(len(own.rollout.steps), dtype=torch.double)
+        for others in itertools.product(kinds.values(), repeat=group_size - 1):
+            chance = math.prod(likely for _, likely in others)
+            credits = speed_credits([own, *(graded for graded, _ in others)], config)[0]
+            expected[key] += chance * torch.tensor(credits, dtype=torch.double)
+
+    surrogate = torch.zeros((), dtype=torch.double)
+    for c in cases:
+        credits = expected[tuple(c.graded.rollout.steps), c.graded.correct].tolist()
+        for table, rollout in c.parts:
+            views = replay(rollout, 2, 1.0, exact=True, advantage=credits[:2])
+            (packed,) = pack([views], 2, mask_id=2, token_budget=99)
+            states = packed.ids.view(-1, 2).tolist()
+            numbers = [table.number(states[r // 2]) for r in packed.scored.tolist()]
+            logits = table.logits[numbers, (packed.scored % 2).tolist()]
+            scores = score_logits(logits, packed.targets, packed.bounds, how)
+            likely = c.probability.detach() * group_size
+            surrogate = surrogate + likely * (packed.advantages * scores.logprobs).sum()
+            credits = credits[2:]
+    return list(torch.autograd.grad(surrogate, [t.logits for t in tables], materialize_grads=True))
+
+
+@pytest.mark.parametrize("per", ["answer", "block", "position"])
+@pytest.mark.parametrize(("ends_early", "some_wrong"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_speed_credits_have_the_gradient_that_they_claim(per, ends_early, some_wrong, group_size):
+    how = Decoding(threshold=0.9, dither=0.5)
+    tables, cases = enumerate_two_blocks(how, ends_early, some_wrong)
+    assert sum(c.probability for c in cases).item() == pytest.approx(1), "the oracle itself"
+    found = torch.cat(credited_gradient(tables, cases, how, group_size, per))
+    assert error(found, torch.cat(wanted_gradient(tables, cases, group_size, per))) < 1e-5
+
+    # All right and of one length: per answer it is the policy gradient of the number of steps.
+    if not ends_early:
+        steps = sum(c.probability * c.graded.rollout.num_steps for c in cases)
+        gradient = torch.autograd.grad(-group_size * steps, [table.logits for table in tables])
+        off = error(found, torch.cat(gradient))
+        assert off < 1e-5 if per == "answer" else off > 0.02

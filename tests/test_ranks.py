@@ -22,6 +22,7 @@ from plumbing.checkpoint import tiny
 from plumbing.common import ROOT
 
 HANG_GUARD = 240.0  # seconds; far above what the ranks need
+NAMES = "sft,exact,tokens,lone,certainty,certainty-noise"
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def on_ranks(zygote, ranks: int, names: str, folder: Path, out: Path) -> dict[st
 
 
 def ordinary_cases(zygote, ranks: int, folder: Path, out: Path) -> tuple[int, dict[str, list[dict]], Path]:
-    return ranks, on_ranks(zygote, ranks, "sft,exact,tokens,lone", folder, out), out
+    return ranks, on_ranks(zygote, ranks, NAMES, folder, out), out
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,19 @@ def test_ranks_without_a_useful_group(folder, many, tmp_path):
     ranks, found = many[0], many[1]["lone"][0]
     wanted = rank_worker.run_lone(folder, tmp_path)[0]
     assert sorted(rows[0][0] for rows in found["sizes"]) == [0] * (ranks - 2) + [1, 1]
+    assert_same(found["gradients"][0], wanted["gradients"][0])
+
+
+@pytest.mark.parametrize("name", ["certainty", "certainty-noise"])
+def test_certainty_where_most_ranks_have_no_right_answer(folder, many, tmp_path, name):
+    """Two right answers: two ranks train on one each, the other two of four run an idle row."""
+    ranks, found = many[0], many[1][name][0]
+    (wanted,) = rank_worker.CASES[name](folder, tmp_path)
+    assert found["sharded"] and not wanted["sharded"]
+    idle = [[0]] * (ranks - 2)
+    assert sorted([n for n, _ in rows] for rows in found["sizes"]) == [*idle, [1], [1]]
+    assert wanted["metrics"]["certainty_nll"] > 0.1
+    assert_same_metrics(found["metrics"], wanted["metrics"], ["certainty_nll", "grad_norm"])
     assert_same(found["gradients"][0], wanted["gradients"][0])
 
 
