@@ -124,17 +124,17 @@ def run_lone(folder: Path, out: Path) -> list[dict]:
 
 
 def run_certainty(folder: Path, out: Path, at: str = "first", budget: int = 1) -> list[dict]:
-    """The policy gradient and the loss of certainty in one update. Three groups, two answers right, both of
-    the first group: all ranks except the first have none before they are dealt out."""
+    """The policy gradient and the loss of certainty in one update. Of three groups of two the first has two
+    right answers and the last one: two ranks find three and none, four find two, none, one and none."""
     settings = {"rewards.accuracy": 0, "rewards.speed": 1.0, "group_size": 2, "certainty": 0.7}
     case = Case(DiPOConfig, folder, out / "run", token_budget=budget, certainty_at=at, **settings)
     trainer = case.trainer
     config, sizes = trainer.config, (trainer.block_size, trainer.mask_id)
     groups = useful_groups(trainer, 3)
-    for graded in groups[0].graded:
-        graded.correct = True
     mine = groups[trainer.rank :: trainer.world]
-    assert pack_certainty(mine[1:], config, *sizes) == [], "no answer is right: no rows, on any rank"
+    assert pack_certainty(mine, config, *sizes) == [], "no answer is right: no rows, on any rank"
+    for graded in (*groups[0].graded, groups[2].graded[0]):
+        graded.correct = True
     rows = score_rows(pack_groups(mine, config, *sizes), trainer.model, None, config)
     sure = pack_certainty(mine, config, *sizes)
     accumulate_gradients(trainer.model, rows, config, first_update=True)

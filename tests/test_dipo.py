@@ -25,6 +25,7 @@ from dipo import (
     accumulate_gradients,
     action_weight,
     collect_groups,
+    counted_steps,
     dipo_loss,
     group_advantages,
     hold_agreement,
@@ -719,8 +720,10 @@ def test_speed_credits_by_hand():
     """The prompt's tail opens the first block: 2 tokens of it, then one block more."""
     fast = Rollout([1, 2], [3] * 6, [1, 1, 2, 2, 2, 3], [], 6, "stop")
     slow = Rollout([1, 2], [3] * 6, [2, 1, 3, 4, 5, 6], [], 6, "stop")
+    counts = {"answer": [3, 3, 2, 2, 2, 2], "block": [1, 1, 2, 2, 2, 2], "position": [1, 1, 1, 1, 1, 2]}
     wanted = {"answer": [3, 3, 2, 2, 2, 2], "block": [1, 1, 2, 2, 2, 2], "position": [1, 0, 0, 1, 2, 2]}
     for per, saved in wanted.items():
+        assert counted_steps(fast, BLOCK, per) == counts[per]
         config = DiPOConfig(speed_credit=1.0, credit_per=per)  # the standard deviation of 3 and 6 is 1.5
         graded = [verdict(fast, True), verdict(slow, True), verdict(fast, False)]
         found = speed_credits(graded, config)

@@ -158,12 +158,13 @@ def test_ranks_without_a_useful_group(folder, many, tmp_path):
 
 @pytest.mark.parametrize("name", ["certainty", "certainty-noise"])
 def test_certainty_where_most_ranks_have_no_right_answer(folder, many, tmp_path, name):
-    """Two right answers: two ranks train on one each, the other two of four run an idle row."""
+    """Three right answers: ranks that are not dealt as many as others run idle rows."""
     ranks, found = many[0], many[1][name][0]
     (wanted,) = rank_worker.CASES[name](folder, tmp_path)
     assert found["sharded"] and not wanted["sharded"]
-    idle = [[0]] * (ranks - 2)
-    assert sorted([n for n, _ in rows] for rows in found["sizes"]) == [*idle, [1], [1]]
+    in_rows = {"certainty": {2: [[1, 0], [1, 1]], 4: [[0], [1], [1], [1]]}}
+    in_rows["certainty-noise"] = {2: [[1], [2]], 4: [[0], [1], [1], [1]]}
+    assert sorted([n for n, _ in rows] for rows in found["sizes"]) == in_rows[name][ranks]
     assert wanted["metrics"]["certainty_nll"] > 0.1
     assert_same_metrics(found["metrics"], wanted["metrics"], ["certainty_nll", "grad_norm"])
     assert_same(found["gradients"][0], wanted["gradients"][0])
