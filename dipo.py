@@ -19,7 +19,7 @@ What makes decoding faster, all of it off by default, and what each is:
 
     rewards.speed, ...           policy gradient of the expected reward, as with every reward
     speed_credit                 credit_per=answer: policy gradient of the number of steps of right answers;
-                                 block, position: blind to later steps, so the gradient of no objective
+                                 block, position: not that, being blind to later steps
     certainty                    an auxiliary loss, SFT on own right answers: pack_certainty
     dither                       no term: it lets the exact likelihood see how close a draw was to a reveal
 
