@@ -72,9 +72,9 @@ def test_no_circle_in_the_cellar():
 def test_the_seven_can_be_read_in_an_afternoon():
     lines = {name: len(FILES[name].read_text().splitlines()) for name in SEVEN}
     # 3059, and 30 for DiRL's forms of four rewards beside ours, 20 for choices of its release as fields,
-    # 90 for an order of equal confidences, and for what the engines record of holds. 266 for speed: dithered
+    # 90 for an order of equal confidences, and for what the engines record of holds. 289 for speed: dithered
     # thresholds and their likelihood, credit per decision, certainty on right answers, and what they are.
-    assert sum(lines.values()) <= 3465, lines
+    assert sum(lines.values()) <= 3488, lines
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
