@@ -6,7 +6,7 @@ The task is data/tiny.py --ways: every answer can be written in many right ways,
 them up (docs/speed.md). From one checkpoint in blocks of 8:
 
     accuracy                DiPO with the accuracy reward: the control
-    settle                  SFT on its own careful right answers (data/own.py, configs/settle.yaml)
+    settle                  SFT on its own careful right answers (data/own.py, configs/settle_sft.yaml)
     settle twice            the same again, with the answers that it then gives
     settle twice, accuracy  and then the control's DiPO: the recipe
 
@@ -108,7 +108,7 @@ class Campaign:
         """Train, or go on training, and evaluate the whole curve."""
         run = self.path(name) / "run"
         config = {"sft.py": "configs/demo_sft.yaml", "dipo.py": "configs/demo_dipo.yaml"}[script]
-        config = "configs/settle.yaml" if name.startswith("settle") and script == "sft.py" else config
+        config = "configs/settle_sft.yaml" if name.startswith("settle") and script == "sft.py" else config
         if not (self.path(name) / "sweep" / "summary.json").exists():
             common = ["--config", config, f"data={data}", f"out={run}", "resume=true"]
             self.call(name, script, *common, *fields, *self.steps)

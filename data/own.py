@@ -6,7 +6,7 @@ way; trained on those that are right, it is sure of it (docs/speed.md).
 
     python evaluate.py model=CHECKPOINT data=questions.jsonl threshold=0.9 out=runs/own
     python data/own.py runs/own/responses-questions-dynamic.jsonl --out data/generated/own.jsonl
-    python sft.py --config configs/settle.yaml model=CHECKPOINT data=data/generated/own.jsonl
+    python sft.py --config configs/settle_sft.yaml model=CHECKPOINT data=data/generated/own.jsonl
 
 Responses that ran into the length limit are left out, and so are repetitions. The user's turn is the one of
 the evaluation (`prompt` in its config.json).
