@@ -396,18 +396,7 @@ def noise(
     rate = np.stack(rates, 1)
     happened = masked.any(-1)
     block = np.nonzero(happened)[0]  # [K]
-    masked = masked[happened]  # [K, B]
-    return Views(
-        ids=tokens.ravel(),
-        block=block,
-        masked=masked,
-        is_scored=masked,
-        targets=tokens[block],
-        bounds=np.zeros(masked.shape),
-        weights=1 / (rate[happened] * views),
-        advantages=np.zeros(masked.shape),
-        engine_logprobs=np.full(masked.shape, np.nan),
-    )
+    return _given_text(tokens, block, masked[happened], 1 / (rate[happened] * views))
 
 
 def all_masked(ids: list[int], prompt_tokens: int, block_size: int) -> Views:
@@ -420,7 +409,12 @@ def all_masked(ids: list[int], prompt_tokens: int, block_size: int) -> Views:
     tokens = np.array(ids).reshape(-1, block_size)
     masked = (np.arange(len(ids)) >= prompt_tokens).reshape(-1, block_size)
     block = np.flatnonzero(masked.any(-1))
-    masked = masked[block]
+    return _given_text(tokens, block, masked[block], np.ones((len(block), block_size)))
+
+
+def _given_text(tokens: np.ndarray, block: np.ndarray, masked: np.ndarray, weights: np.ndarray) -> Views:
+    """Views of a text that nobody sampled, every masked token of which is to be told: tokens [blocks, B], of
+    each view its block [K], masks [K, B] and weights [K, B]."""
     return Views(
         ids=tokens.ravel(),
         block=block,
@@ -428,7 +422,7 @@ def all_masked(ids: list[int], prompt_tokens: int, block_size: int) -> Views:
         is_scored=masked,
         targets=tokens[block],
         bounds=np.zeros(masked.shape),
-        weights=np.ones(masked.shape),
+        weights=weights,
         advantages=np.zeros(masked.shape),
         engine_logprobs=np.full(masked.shape, np.nan),
     )

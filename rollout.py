@@ -59,7 +59,7 @@ from plumbing.checkpoint import (
 )
 from plumbing.common import InputError, run_script, tell
 from plumbing.config import Parser, readable
-from plumbing.gpu import rest, used_bytes
+from plumbing.gpu import rest, to_engine, used_bytes
 from plumbing.guard import together
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.ranks import gather, rank_and_world
@@ -314,8 +314,7 @@ def generate_all(
             break
         if todo:
             tell(f"{len(todo)} rollouts are lost or nan: the engine gets the weights again")
-        engine.update_weights(weights())
-        engine.wake()
+        to_engine(engine, weights())
     raise InputError("the rollout engine has no sound weights: what it computes is nan, or it dies again")
 
 
@@ -509,20 +508,18 @@ class _Batch:
         # The record of what was revealed, and what the others held.
         step = torch.tensor([self.requests[s].steps for s in running], device=device)
         logprob = log_g.gather(-1, drawn[..., None])[..., 0]
-        bounds = None
         if self.how.holds:
             logprob, bounds = exact_record(confidence, logprob, masked, revealed, self.how, log_tau)
+            held = torch.stack([bounds, held_mass(log_p, log_g, bounds, self.how)], -1)  # [S, B, 2]
+            number = self.number[slots]
+            self.holds[(*at, number[:, None].clamp(max=b - 1))] = held
+            self.number[slots] = torch.where(denoising, number + 1, 0)
         for state, new in (  # what is not revealed now keeps its value
             (self.ids, drawn),
             (self.steps, step[:, None]),
             (self.logprobs, logprob),
         ):
             state[at] = torch.where(revealed, new, state[at])
-        if self.how.holds:
-            number = self.number[slots]
-            self.number[slots] = torch.where(denoising, number + 1, 0)
-            held = torch.stack([bounds, held_mass(log_p, log_g, bounds, self.how)], -1)  # [S, B, 2]
-            self.holds[(*at, number[:, None].clamp(max=b - 1))] = held
         self.masked[at] = masked & ~revealed
 
         # A request ends with a complete block that has a stop token or reaches the limit. (Where `start`

@@ -41,15 +41,9 @@ SPLITS = ["--careless", "0", "--min-terms", "4", "--max-terms", "4", "--max-term
 WAYS = {"ways": ["--ways", "0.45"], "one-way": ["--ways", "0"]}
 START = ["steps=500", "batch_size=64", "lr=2e-3", "eval_every=0", "save_every=100"]
 DIPO = [
-    "groups=96",
-    "group_size=6",
-    "max_rounds=1",
-    "steps=30",
-    "lr=3e-5",
-    "warmup_steps=3",
-    "schedule=cosine",
-]
-DIPO += ["max_tokens=56", "eval_every=0", "save_every=10", "likelihood=exact"]
+    "groups=96", "group_size=6", "max_rounds=1", "steps=30", "lr=3e-5", "warmup_steps=3", "schedule=cosine",
+    "max_tokens=56", "eval_every=0", "save_every=10", "likelihood=exact",
+]  # fmt: skip
 ACCURACY = [*DIPO, "threshold=0.9"]
 SPEED = [*DIPO, "lr=1e-4", "normalize_each=true", "rewards={accuracy: 1.0, speed: 1.0}", "threshold=0.5"]
 INSIDE = {  # what was tried inside DiPO
@@ -104,23 +98,26 @@ class Campaign:
                 lines = "".join(json.dumps(record) + "\n" for record in known.values())
                 (self.out / name / "questions.jsonl").write_text(lines)
 
-    def train(self, name: str, script: str, data: Path, *fields: str) -> None:
-        """Train, or go on training, and evaluate the whole curve."""
-        run = self.path(name) / "run"
-        config = {"sft.py": "configs/demo_sft.yaml", "dipo.py": "configs/demo_dipo.yaml"}[script]
-        config = "configs/settle_sft.yaml" if name.startswith("settle") and script == "sft.py" else config
+    def checkpoint(self, name: str) -> Path:
+        """The newest checkpoint of a run."""
+        return (self.path(name) / "run" / "latest").resolve()
+
+    def train(self, name: str, config: str, data: Path, *fields: str) -> None:
+        """Train, or go on training, as configs/CONFIG.yaml says, and evaluate the whole curve."""
+        script = "dipo.py" if "dipo" in config else "sft.py"
         if not (self.path(name) / "sweep" / "summary.json").exists():
-            common = ["--config", config, f"data={data}", f"out={run}", "resume=true"]
-            self.call(name, script, *common, *fields, *self.steps)
-            self.evaluate(name, str(run / "latest"))
+            run = ["--config", f"configs/{config}.yaml", f"out={self.path(name) / 'run'}", "resume=true"]
+            self.call(name, script, *run, f"data={data}", *fields, *self.steps)
+            self.evaluate(name)
         print(f"{name}: {self.curve(name)}", flush=True)
 
-    def evaluate(self, name: str, checkpoint: str) -> None:
+    def evaluate(self, name: str) -> None:
         """Greedy, dynamic, at every threshold."""
         sweep = f"sweep=[{','.join(map(str, THRESHOLDS))}]"
         self.call(
-            name, "evaluate.py", f"model={checkpoint}", f"data={self.out}/ways/test.jsonl", "rules=[dynamic]",
-            sweep, "max_tokens=56", "max_batch=512", f"limit={self.limit}", f"out={self.path(name)}/sweep",
+            name, "evaluate.py", f"model={self.checkpoint(name)}", f"data={self.out}/ways/test.jsonl",
+            "rules=[dynamic]", sweep, "max_tokens=56", "max_batch=512", f"limit={self.limit}",
+            f"out={self.path(name)}/sweep",
         )  # fmt: skip
 
     def curve(self, name: str) -> dict[str, dict[str, float]]:
@@ -146,7 +143,7 @@ class Campaign:
         if not (folder / "own.jsonl").exists():
             responses = folder / "responses-questions-dynamic.jsonl"
             self.call(
-                folder.name, "evaluate.py", f"model={self.path(start)}/run/latest", "rules=[dynamic]",
+                folder.name, "evaluate.py", f"model={self.checkpoint(start)}", "rules=[dynamic]",
                 f"data={self.out}/ways/questions.jsonl", "max_tokens=56", "max_batch=512", f"out={folder}",
                 *decoding,
             )  # fmt: skip
@@ -157,17 +154,16 @@ class Campaign:
 
     def start(self, name: str, data: str, block_size: int) -> None:
         """A checkpoint from scratch."""
-        self.train(name, "sft.py", self.out / data / "sft.jsonl", *START, f"block_size={block_size}")
+        self.train(name, "demo_sft", self.out / data / "sft.jsonl", *START, f"block_size={block_size}")
 
     def dipo(self, name: str, begin: str, *fields: str) -> None:
         """DiPO from a checkpoint."""
-        checkpoint = self.path(begin) / "run" / "latest"
-        self.train(name, "dipo.py", self.out / "ways/rl.jsonl", f"model={checkpoint.resolve()}", *fields)
+        self.train(name, "demo_dipo", self.out / "ways/rl.jsonl", f"model={self.checkpoint(begin)}", *fields)
 
     def settle(self, name: str, kind: str, seed: int, start: str = "start") -> None:
         """SFT on own answers of the start."""
-        begin = (self.path(start) / "run" / "latest").resolve()
-        self.train(name, "sft.py", self.own_answers(kind, start), f"model={begin}", f"seed={seed}")
+        fields = [f"model={self.checkpoint(start)}", f"seed={seed}"]
+        self.train(name, "settle_sft", self.own_answers(kind, start), *fields)
 
     def recipe(self, seed: int) -> None:
         """Settle twice, then DiPO."""
@@ -176,17 +172,9 @@ class Campaign:
         self.dipo(f"settle twice, accuracy {seed}", f"settle twice {seed}", *ACCURACY, f"seed={seed}")
 
     def more_sft(self) -> None:
-        """As many steps of plain SFT as `settle` makes."""
-        begin = (self.path("start") / "run" / "latest").resolve()
-        fields = [
-            "steps=150",
-            "batch_size=64",
-            "lr=1.5e-4",
-            "warmup_steps=5",
-            "eval_every=0",
-            f"model={begin}",
-        ]
-        self.train("more SFT", "sft.py", self.out / "ways/sft.jsonl", *fields)
+        """Plain SFT, as `settle` does it."""
+        model = f"model={self.checkpoint('start')}"
+        self.train("more SFT", "settle_sft", self.out / "ways/sft.jsonl", model)
 
     def sixteen(self) -> None:
         """Start and settle in blocks of 16."""

@@ -58,21 +58,11 @@ def overview(name: str) -> list[str]:
     """A table of one config: models and GPUs down, phases across."""
     stage = name.split("_")[2]
     lines = ["", f"## configs/{name}.yaml", ""]
-    lines += [
-        "| model | GPUs | rollout | of it cache | full responses in it | train | update | |",
-        "|---" * 8 + "|",
-    ]
+    lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for model in ("1.7B", "8B"):
         for ranks in (1, 8):
             for gpu, gib in GPUS.items():
-                command = [
-                    stage,
-                    "--config",
-                    f"{ROOT}/configs/{name}.yaml",
-                    f"model={model}",
-                    f"ranks={ranks}",
-                ]
-                job = memory.planned_job(memory.parse(command))
+                job = planned(stage, name, model, ranks)
                 phases = plan(job, gib * GIB)
                 cells = {}
                 for phase in ("rollout", "train", "update"):
@@ -82,16 +72,8 @@ def overview(name: str) -> list[str]:
                 reason = problem(job, gib * GIB)
                 verdict = f"no: {reason.rpartition('; ')[2]}" if reason else "fits"
                 held = [f"{cache / GIB:.1f}", f"{full:.0f}"] if cache > 0 else ["-", "-"]
-                row = [
-                    model,
-                    f"{ranks} {gpu}",
-                    cells["rollout"],
-                    *held,
-                    cells["train"],
-                    cells["update"],
-                    verdict,
-                ]
-                lines.append(f"| {' | '.join(row)} |")
+                row = [model, f"{ranks} {gpu}", cells["rollout"], *held, cells["train"], cells["update"]]
+                lines.append(f"| {' | '.join([*row, verdict])} |")
     return lines
 
 

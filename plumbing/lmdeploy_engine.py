@@ -165,7 +165,7 @@ class LMDeployProcess:
         room = self.cache_gib * GIB
         if not room and self.device is None:
             room = GIB
-        if not room:
+        elif not room:
             rest()
             sizes = [math.prod(size) for size in self._shapes.values()]
             workspace = engine_workspace(shape, self.max_batch * self.block_size)
