@@ -40,7 +40,8 @@ def tracked() -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_and_pictures_are_in_git(page, tracked):
-    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     local = [t.partition("#")[0] for t in targets if not t.startswith(("http", "#"))]
     assert local or page != README
     missing = [t for t in local if (page.parent / t).resolve().relative_to(ROOT).as_posix() not in tracked]
@@ -54,6 +55,13 @@ def test_every_file_of_the_list_is_there(tracked):
     made = {"table.md", "config.yaml", "myrewards.py"}  # by runs and by readers
     missing = {name for name in named if name not in known | made}
     assert not missing, f"README.md names {sorted(missing)}"
+
+
+def test_every_test_that_the_readme_names_is_there():
+    named = re.findall(r"`(tests/test_\w+\.py)::(\w+)`", README.read_text(encoding="utf-8"))
+    assert len(named) >= 10
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"
 
 
 def test_the_fields_of_all_configs_are_documented():
@@ -109,16 +117,31 @@ def test_the_published_configs_load_and_name_files_that_download_makes(stage, tm
         assert config.prompt == PROTOCOLS["dirl"]["prompt"], "trained on another prompt than evaluated on"
 
 
+def blocks(language: str) -> list[str]:
+    """The blocks of code of README.md and docs/ in a language; "": commands."""
+    found = []
+    for page in [README, *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+            found += [block] if kind == language else []
+    return found
+
+
 def commands() -> list[list[str]]:
-    """Command lines of README's blocks that start one of this repository's programs, without comments."""
-    blocks = re.findall(r"```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines if line.startswith(("python ", "torchrun "))]
-    return [w[[i for i, word in enumerate(w) if word.endswith(".py")][0] :] for w in words if ".py" in str(w)]
+    """Command lines of all pages that start one of this repository's programs, each once, without comments."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    starts = ("python ", "torchrun ", ".venv/bin/python ")
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True) if line.startswith(starts) else []
+        scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+        if scripts and words[scripts[0] :] not in found:
+            found.append(words[scripts[0] :])
+    return found
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_of_the_readme_have_arguments_that_their_programs_take(command, tmp_path, monkeypatch):
+def test_commands_of_the_pages_have_arguments_that_their_programs_take(command, tmp_path, monkeypatch):
     """Whatever they would need (a node, the hub) is not needed to read their arguments."""
     script, *arguments = command
     assert (ROOT / script).is_file()
@@ -127,24 +150,31 @@ def test_commands_of_the_readme_have_arguments_that_their_programs_take(command,
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     made = [f"data/hub/{name}.jsonl" for name in download.DATASETS]
-    for name in [*made, "runs/demo/data/rl.jsonl", "runs/demo/data/test.jsonl"]:
+    made += [
+        "runs/demo/data/rl.jsonl",
+        "runs/demo/data/test.jsonl",
+        "questions.jsonl",
+        "data/generated/own.jsonl",
+    ]
+    for name in made:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text("{}\n")
     Path("myrewards.py").write_text(reward_example())
     own_reward.WORKER.close()  # the next one starts in this folder
     for run in ("demo/sft", "demo/dipo", "sdar_8b_sft", "sdar_8b_dipo"):
         Path("runs", run, "latest").mkdir(parents=True)
+    Path("CHECKPOINT").mkdir()
     presets = PROTOCOLS if script == "evaluate.py" else None
     load_config(SCRIPTS[script], arguments, presets)
 
 
 def reward_example() -> str:
-    """The file with a reward of one's own that the README shows."""
-    (code,) = re.findall(r"```python\n(def .*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    """The file with a reward of one's own that docs/rewards.md shows."""
+    (code,) = [block for block in blocks("python") if block.startswith("def shows_work")]
     return code
 
 
-def test_the_reward_of_the_readme_does_what_it_says(tmp_path, monkeypatch):
+def test_the_reward_of_the_page_does_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("myrewards.py").write_text(reward_example())
     own_reward.WORKER.close()
@@ -162,8 +192,7 @@ def test_the_inference_examples_run(engine, tiny_folder, tmp_path, monkeypatch, 
         monkeypatch.setattr("rollout.LMDeployEngine.setup", "lmdeploy_on_cpu:install")
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    (code,) = [b for b in blocks if engine in b]
+    (code,) = [block for block in blocks("python") if f"import Decoding, {engine}" in block]
     assert len(code.strip().splitlines()) <= 11
     exec(code.replace("JetLM/SDAR-8B-Chat", str(tiny_folder)), {})
     assert capsys.readouterr().out.strip()
