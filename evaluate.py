@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 
 from plumbing.common import InputError, check_model, run_script
 from plumbing.config import EngineName, Rule, check_file, read_arguments, setting
-from plumbing.report import BENCHMARKS
+from plumbing.figures import BENCHMARKS
 
 BOXED = "{question}\nPlease reason step by step, and put your final answer within $\\boxed{}$."
 # What a protocol sets; the config file and key=value win over it.
@@ -131,13 +131,12 @@ import time
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from plumbing import report
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
 from plumbing.common import printable, progress, read_records, write_json, writing
+from plumbing.figures import Results, bootstrap_interval, majority, pass_at_k, plot_sweep, tables
 from plumbing.kept import check_response
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import gather, rank_and_world, start_distributed
-from plumbing.report import Results
 from plumbing.run_folder import claim
 from reward import Graded, Question, grade, read_questions
 from rollout import Decoding, Engine, Rollout, generate_all, make_engine
@@ -250,10 +249,10 @@ def full_summary(graded: list[list[Graded]]) -> dict[str, Any]:
     """`summarize`, and interval, pass@j and maj@k."""
     correct = [[g.correct for g in group] for group in graded]
     k = len(correct[0])
-    low, high = report.bootstrap_interval([fmean(of_question) for of_question in correct])
+    low, high = bootstrap_interval([fmean(of_question) for of_question in correct])
     pass_at = {}
     for j in [2**i for i in range(k.bit_length()) if 2**i < k] + [k]:  # k = 6: 1 2 4 6
-        pass_at[str(j)] = fmean(report.pass_at_k(k, sum(of_question), j) for of_question in correct)
+        pass_at[str(j)] = fmean(pass_at_k(k, sum(of_question), j) for of_question in correct)
     return summarize(graded) | {
         "accuracy_low": low,
         "accuracy_high": high,
@@ -264,7 +263,7 @@ def full_summary(graded: list[list[Graded]]) -> dict[str, Any]:
 
 def majority_is_right(group: list[Graded]) -> bool:
     """maj@k of one question. Truncated samples have no vote: they are wrong whatever their box says."""
-    first = report.majority([None if g.truncated else g.answer for g in group])  # an index
+    first = majority([None if g.truncated else g.answer for g in group])  # an index
     return first is not None and group[first].correct
 
 
@@ -450,11 +449,11 @@ def name_protocol(config: EvalConfig) -> str:
 def write_report(config: EvalConfig, results: Results) -> None:
     """Write summary.json, table.md and sweep.png, and print the table."""
     out = Path(config.out)
-    text, figures = report.tables(config.model, name_protocol(config), results)
+    text, figures = tables(config.model, name_protocol(config), results)
     with writing(out / "table.md"):
         (out / "table.md").write_text(text)
     if config.sweep:
-        report.plot_sweep(out / "sweep.png", config.sweep, results)
+        plot_sweep(out / "sweep.png", config.sweep, results)
     settings = dataclasses.asdict(config) | {"model": str(find_folder(config.model))}
     write_json(out / "summary.json", {"config": settings, **figures, "benchmarks": results})
     print(text)

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from plumbing import report
+from plumbing import figures
 from plumbing.balance import plan_packs
 from plumbing.common import run_script
 from plumbing.config import Parser, picture_name
@@ -446,7 +446,7 @@ def plot(packed: Packed, labels: list[str], path: str) -> None:
     lines = [query_is_clean & key_is_clean, ~query_is_clean & key_is_clean, ~key_is_clean]
     colour = np.select([seen & line for line in lines], [1, 2, 3])
     tags = zip(packed.sequence.tolist(), packed.view.tolist(), packed.block.tolist(), strict=True)
-    report.plot_row(colour, list(tags), labels, packed.scored.tolist(), path)
+    figures.plot_row(colour, list(tags), labels, packed.scored.tolist(), path)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 A run is the folder that evaluate.py wrote. For every benchmark and decoding rule that both runs have, a
 line of a Markdown table: the accuracy of each run (mean over questions and samples; the two may have
 different numbers of samples), the difference, its 95 % interval, and the p-value of no difference. What
-is resampled is questions, each with its difference between the runs: plumbing/report.py.
+is resampled is questions, each with its difference between the runs: plumbing/figures.py.
 
 If both are sweeps over thresholds, a second table says how far apart their curves of accuracy against
 tokens per forward are, and a sentence whether the second lies outside the first: plumbing/frontier.py.
@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plumbing.common import InputError, printable, read_records, run_script, writing
 from plumbing.config import Parser, folder_name, picture_name
+from plumbing.figures import comparison_table, frontier_table, plot_frontiers
 from plumbing.frontier import Sweep, compare_sweeps
 from plumbing.model_config import is_whole
-from plumbing.report import comparison_table, frontier_table, plot_frontiers
 
 Side = list[Path]  # runs that are averaged
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from plumbing.common import InputError, read_records, run_script, write_json  # noqa: E402
 from plumbing.config import Parser, folder_name  # noqa: E402
-from plumbing.report import table  # noqa: E402
+from plumbing.figures import table  # noqa: E402
 
 QUICK = {
     "sft": ["steps=6", "batch_size=32", "eval_every=3", "eval_limit=20"],

@@ -9,12 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import reward  # noqa: E402
-from plumbing import report  # noqa: E402
+from plumbing import figures  # noqa: E402
 
 TEXT = "x" * 600
 
 
-def curves() -> list[tuple[str, list[report.Curve]]]:
+def curves() -> list[tuple[str, list[figures.Curve]]]:
     """The panels: a response in blocks of 4 under a limit of 8,192 tokens, of which one fact changes."""
     question, limits = reward.Question("", "1"), {"block_size": 4, "max_tokens": 8192}
     base = reward.Graded(reward.example(TEXT), question, TEXT, "1", True, **limits)
@@ -44,4 +44,4 @@ def curves() -> list[tuple[str, list[report.Curve]]]:
 
 
 if __name__ == "__main__":
-    report.plot_curves(curves(), "reward", str(Path(__file__).with_name("rewards.png")))
+    figures.plot_curves(curves(), "reward", str(Path(__file__).with_name("rewards.png")))

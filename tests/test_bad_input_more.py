@@ -43,7 +43,7 @@ import masking
 import model
 import reward
 import rollout
-from plumbing import answers, launch, report
+from plumbing import answers, figures, launch
 from plumbing.checkpoint import load_tokenizer, tiny
 from plumbing.common import ROOT, InputError, printable, read_records, run_script, tell
 from plumbing.config import load_config
@@ -714,12 +714,12 @@ def test_names_of_files_and_models_do_not_move_the_terminal(place) -> None:
 
 
 def test_tables_keep_their_lines_and_columns() -> None:
-    figures = {"questions": 1, "samples": 1, "accuracy": 1.0, "pass_at_k": 1.0, "maj_at_k": 1.0, "tpf": 1.0}
-    figures |= {"tokens": 1.0, "truncated": 0.0, "tokens_per_second": 1.0, "seconds": 1.0}
+    of_one = {"questions": 1, "samples": 1, "accuracy": 1.0, "pass_at_k": 1.0, "maj_at_k": 1.0, "tpf": 1.0}
+    of_one |= {"tokens": 1.0, "truncated": 0.0, "tokens_per_second": 1.0, "seconds": 1.0}
     name = f"a|b\n{HOSTILE}"
-    results = {"static": {"math500": figures, name: figures}}
-    tables = [report.tables(name, f"none except for prompt={name}", results)[0]]
-    tables.append(report.comparison_table(name, name, {name: ([1.0], [0.0])}))
+    results = {"static": {"math500": of_one, name: of_one}}
+    tables = [figures.tables(name, f"none except for prompt={name}", results)[0]]
+    tables.append(figures.comparison_table(name, name, {name: ([1.0], [0.0])}))
     for table in tables:
         assert_harmless(table)
         assert len(table.splitlines()) == len(table.replace("\\|", "").splitlines())
@@ -849,12 +849,12 @@ def test_no_pattern_holds_up_the_trainer() -> None:
 
 
 def test_a_report_of_a_sweep_takes_any_name(tmp_path) -> None:
-    figures = {
+    of_one = {
         "accuracy": 1.0,
         "accuracy_low": 1.0,
         "accuracy_high": 1.0,
         "tpf": 1.0,
         "tokens_per_second": 1.0,
     }
-    report.plot_sweep(tmp_path / "sweep.png", [0.5], {"dynamic-0.5": {"a$\\x$": figures}})
+    figures.plot_sweep(tmp_path / "sweep.png", [0.5], {"dynamic-0.5": {"a$\\x$": of_one}})
     assert (tmp_path / "sweep.png").stat().st_size > 0

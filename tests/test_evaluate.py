@@ -18,7 +18,7 @@ import tiny as tiny_task
 
 import evaluate
 from evaluate import PROTOCOLS, EvalConfig
-from plumbing import frontier, report
+from plumbing import figures, frontier
 from plumbing.checkpoint import stop_ids, tiny
 from plumbing.common import InputError
 from plumbing.config import load_config
@@ -40,13 +40,13 @@ SMALL = {
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-        assert report.pass_at_k(n, c, k) == pytest.approx(fmean(map(any, subsets)))
+        assert figures.pass_at_k(n, c, k) == pytest.approx(fmean(map(any, subsets)))
 
 
 def test_pass_at_k_of_the_ends():
-    assert report.pass_at_k(16, 0, 16) == 0
-    assert report.pass_at_k(16, 1, 16) == 1
-    assert report.pass_at_k(16, 3, 1) == pytest.approx(3 / 16), "pass@1 is the accuracy"
+    assert figures.pass_at_k(16, 0, 16) == 0
+    assert figures.pass_at_k(16, 1, 16) == 1
+    assert figures.pass_at_k(16, 3, 1) == pytest.approx(3 / 16), "pass@1 is the accuracy"
 
 
 def all_means(values) -> np.ndarray:
@@ -60,12 +60,12 @@ def all_means(values) -> np.ndarray:
 )
 def test_the_bootstrap_interval_is_that_of_all_resamples(values):
     means = np.sort(all_means(values).round(9))
-    drawn = report.resampled_means(values).round(9)
+    drawn = figures.resampled_means(values).round(9)
     assert set(drawn) <= set(means)
     for x in set(means):
         exact, share = (means <= x).mean(), (drawn <= x).mean()
         assert abs(share - exact) < 0.025, "5 standard errors of 10,000 draws"
-    low, high = report.bootstrap_interval(values)
+    low, high = figures.bootstrap_interval(values)
     for end, tail in ((low, 0.025), (high, 0.975)):
         margin = 0.008  # 5 standard errors at 0.025
         near = [np.quantile(means, q, method="inverted_cdf") for q in (tail - margin, tail + margin)]
@@ -86,16 +86,16 @@ def test_the_paired_bootstrap_is_that_of_all_resamples(a, b):
     mean = fmean(differences)
     centred = all_means([d - mean for d in differences])
     exact = (np.abs(centred) >= abs(mean) - 1e-9).mean()
-    difference, low, high, p = report.paired_bootstrap(a, b)
+    difference, low, high, p = figures.paired_bootstrap(a, b)
     assert difference == pytest.approx(mean)
     assert low <= mean <= high
     assert p == pytest.approx(exact, abs=5 * (exact * (1 - exact) / 10_000) ** 0.5 + 2e-4)
-    back = report.paired_bootstrap(b, a)
+    back = figures.paired_bootstrap(b, a)
     assert back == pytest.approx((-mean, -high, -low, p), abs=1e-2)
 
 
 def test_a_run_does_not_differ_from_itself():
-    assert report.paired_bootstrap([0.5, 0, 1], [0.5, 0, 1]) == (0, 0, 0, 1)
+    assert figures.paired_bootstrap([0.5, 0, 1], [0.5, 0, 1]) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_run_does_not_differ_from_itself():
     ],
 )
 def test_majority(answers, winner):
-    assert report.majority(answers) == winner
+    assert figures.majority(answers) == winner
 
 
 def graded(answer: str | None, gold: str = "2", truncated: bool = False, tokens: int = 4) -> Graded:
@@ -143,26 +143,26 @@ def test_truncated_samples_have_no_vote():
 
 
 def test_benchmarks_count_alike_in_the_average():
-    figures = {n: 0.5 for n in ("pass_at_k", "maj_at_k", "tpf", "tokens", "truncated")} | {"samples": 2}
-    large = figures | {
+    same = {n: 0.5 for n in ("pass_at_k", "maj_at_k", "tpf", "tokens", "truncated")} | {"samples": 2}
+    large = same | {
         "accuracy": 0.9,
         "questions": 900,
         "samples": 2,
         "seconds": 3.0,
         "tokens_per_second": 10.0,
     }
-    small = figures | {
+    small = same | {
         "accuracy": 0.1,
         "questions": 30,
         "samples": 2,
         "seconds": 1.0,
         "tokens_per_second": 50.0,
     }
-    mean = report.average([large, small])
+    mean = figures.average([large, small])
     assert mean["accuracy"] == pytest.approx(0.5)
     assert (mean["questions"], mean["seconds"]) == (930, 4.0)
     assert mean["tokens_per_second"] == pytest.approx(80 / 4)
-    assert report.average([large]) is large
+    assert figures.average([large]) is large
 
 
 # --------------------------------------------------------------------------- protocols and benchmarks
@@ -172,7 +172,7 @@ def test_benchmarks_count_alike_in_the_average():
 def files_are_there(tmp_path, monkeypatch):
     """The files of the demo and of all benchmarks; a config that names a missing file is refused."""
     monkeypatch.chdir(tmp_path)
-    names = ["runs/demo/data/test.jsonl", *(f"data/hub/{name}.jsonl" for name in report.BENCHMARKS)]
+    names = ["runs/demo/data/test.jsonl", *(f"data/hub/{name}.jsonl" for name in figures.BENCHMARKS)]
     for name in names:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text('{"question": "1+1?", "answer": "2"}\n')
@@ -280,9 +280,9 @@ def test_benchmarks_by_name_and_file_in_one_run(folder, tmp_path, monkeypatch, c
 
 
 def test_published_rows_agree_with_their_means():
-    for line in report.PUBLISHED.strip().splitlines():
+    for line in figures.PUBLISHED.strip().splitlines():
         name, *cells, mean = (cell.strip() for cell in line.split("|"))
-        assert len(cells) == len(report.BENCHMARKS)
+        assert len(cells) == len(figures.BENCHMARKS)
         accuracies = [float(cell.split("/")[0]) for cell in cells]
         assert fmean(accuracies) == pytest.approx(float(mean), abs=0.11), name
         tpf = [float(cell.split("/")[1]) for cell in cells]
@@ -290,9 +290,9 @@ def test_published_rows_agree_with_their_means():
 
 
 def test_all_five_benchmarks_have_a_mean():
-    figures = {"accuracy": 0.25, "tpf": 2.0, "tokens": 10.0}
-    results = {"dynamic": {name: figures for name in report.BENCHMARKS}}
-    assert report.published_table("mine", "dirl", results).splitlines()[-1] == (
+    of_one = {"accuracy": 0.25, "tpf": 2.0, "tokens": 10.0}
+    results = {"dynamic": {name: of_one for name in figures.BENCHMARKS}}
+    assert figures.published_table("mine", "dirl", results).splitlines()[-1] == (
         "| **measured** | **mine, dynamic** |" + " 25.0 / 2.0 / 10.0 |" * 5 + " 25.0 |"
     )
 
@@ -497,7 +497,7 @@ def test_two_runs_are_compared_question_by_question(tmp_path, monkeypatch):
     write_run(Path("b"), b)
     write_run(Path("a"), a, "static")  # not in both
     (line,) = compare.compare(Path("a"), Path("b")).splitlines()[2:]
-    d, low, high, p = report.paired_bootstrap([fmean(g) for g in a], [fmean(g) for g in b])
+    d, low, high, p = figures.paired_bootstrap([fmean(g) for g in a], [fmean(g) for g in b])
     assert line == (
         f"| x-dynamic | 40 | {100 * 14 / 80:.1f} % | {100 * 20 / 40:.1f} % | {100 * d:+.1f} "
         f"| {100 * low:+.1f} to {100 * high:+.1f} | {p:.4f} |"

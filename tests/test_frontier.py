@@ -10,7 +10,7 @@ import compare
 import numpy as np
 import pytest
 
-from plumbing import frontier, report
+from plumbing import figures, frontier
 from plumbing.common import InputError, run_script
 from plumbing.frontier import Sweep, compare_sweeps
 
@@ -378,7 +378,7 @@ def test_two_sweeps_are_compared_by_the_program(runs, monkeypatch, capsys):
     assert (code, err) == (0, "")
     wanted = compare_sweeps([made_up(1, 40)], [made_up(3, 40, 1.0)], (str(runs["a"]), str(runs["b"])))
     assert compare.compare(runs["a"], runs["b"]) in out, "the table of every rule"
-    assert report.frontier_table(str(runs["a"]), str(runs["b"]), wanted) in out
+    assert figures.frontier_table(str(runs["a"]), str(runs["b"]), wanted) in out
     assert "x, sweep over 5 thresholds:" in out and f"Verdict: {wanted.sentence}" in out
 
 
@@ -387,7 +387,7 @@ def test_several_runs_per_side(runs, monkeypatch, capsys):
     code, out, _ = run_main(monkeypatch, capsys, *sides[0], "--with", *sides[1], "--names", "base", "tuned")
     assert code == 0
     read = compare.read_sweeps(sides)["x"]
-    assert report.frontier_table("base", "tuned", compare_sweeps(*read, ("base", "tuned"))) in out
+    assert figures.frontier_table("base", "tuned", compare_sweeps(*read, ("base", "tuned"))) in out
     assert "(2 and 2 runs, averaged)" in out and "In 4 of 4 pairs of runs" in out
     code, out, _ = run_main(monkeypatch, capsys, runs["a"], "--with", runs["b"], "--with", runs["b2"])
     assert code == 0 and out.count("Verdict:") == 2, "each side is compared with the first"
@@ -418,7 +418,7 @@ def test_the_picture(runs, tmp_path, monkeypatch, capsys):
     assert line.get_xdata() == pytest.approx(sweep.tokens.sum(axis=1) / sweep.forwards.sum(axis=1))
     assert line.get_ydata() == pytest.approx(100 * sweep.correct.mean(axis=1))
     for row, segment in zip(sweep.correct, upright.get_segments(), strict=True):
-        interval = report.bootstrap_interval(row)
+        interval = figures.bootstrap_interval(row)
         assert segment[:, 1] == pytest.approx([100 * end for end in interval]), "as in the table"
     counts = frontier.resample(40)[1:]
     for t, segment in enumerate(across.get_segments()):
@@ -430,7 +430,7 @@ def test_a_side_of_several_runs_is_drawn_with_its_runs(runs, tmp_path, monkeypat
     sweeps = compare.read_sweeps([[runs["a"], runs["a2"]], [runs["b"]]])
     shown = []
     monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
-    report.plot_frontiers(str(tmp_path / "p.png"), sweeps, ["a", "b"])
+    figures.plot_frontiers(str(tmp_path / "p.png"), sweeps, ["a", "b"])
     ((axis,),) = (figure.axes for figure in shown)
     assert "thin: single runs" in shown[0].get_suptitle()
     ys = [[100 * run.correct[t].mean() for run in sweeps["x"][0]] for t in range(5)]
@@ -544,7 +544,7 @@ def test_two_runs_without_sweeps_are_still_compared(runs, monkeypatch, capsys):
 
 
 def test_the_area_of_an_evaluation():
-    def figures(tpf, accuracy):
+    def of_one(tpf, accuracy):
         more = {
             "questions": 9,
             "samples": 1,
@@ -556,14 +556,14 @@ def test_the_area_of_an_evaluation():
         return more | {"tpf": tpf, "accuracy": accuracy, "truncated": 0.0, "tokens_per_second": 9.0}
 
     results = {
-        "static": {"x": figures(1.0, 0.99), "y": figures(1.0, 0.99)},
-        "dynamic-0.3": {"x": figures(3.0, 0.76), "y": figures(1.0, 0.3)},
-        "dynamic-0.9": {"x": figures(1.5, 0.80), "y": figures(1.0, 0.4)},
+        "static": {"x": of_one(1.0, 0.99), "y": of_one(1.0, 0.99)},
+        "dynamic-0.3": {"x": of_one(3.0, 0.76), "y": of_one(1.0, 0.3)},
+        "dynamic-0.9": {"x": of_one(1.5, 0.80), "y": of_one(1.0, 0.4)},
     }
-    areas = report.sweep_areas(results)["aup"]
+    areas = figures.sweep_areas(results)["aup"]
     x = 1.5 * 80 + 1.5 * (80 + 76 * math.exp(-0.15)) / 2
     assert areas == pytest.approx({"x": x, "y": 40}), "of equal TPFs the higher threshold is the first"
-    text, _ = report.tables("m", "none", results)
+    text, _ = figures.tables("m", "none", results)
     assert f"as y_max (plumbing/frontier.py): x {x:.1f}, y 40.0, mean {(x + 40) / 2:.1f}\n" in text
-    assert report.sweep_areas({"static": results["static"]}) == {}
-    assert "AUP" not in report.tables("m", "none", {"static": results["static"]})[0]
+    assert figures.sweep_areas({"static": results["static"]}) == {}
+    assert "AUP" not in figures.tables("m", "none", {"static": results["static"]})[0]
