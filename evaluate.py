@@ -128,11 +128,12 @@ import hashlib
 import json
 import os
 import time
+from array import array
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from plumbing.checkpoint import encode_prompt, find_folder, is_block_diffusion, load_tokenizer
-from plumbing.common import printable, progress, read_records, write_json, writing
+from plumbing.common import decisions, printable, progress, read_records, write_json, writing
 from plumbing.figures import Results, bootstrap_interval, majority, pass_at_k, plot_sweep, tables
 from plumbing.kept import check_response
 from plumbing.lengths import fitting_questions
@@ -336,7 +337,7 @@ def respond_and_keep(
     known = {}
     for seed, record in kept.items():
         fields = {field: record[field] for field in KEPT}
-        known[seed] = Rollout(prompt_ids=[], logprobs=[], **fields)
+        known[seed] = Rollout(prompt_ids=[], logprobs=array("f", record.get("logprobs", [])), **fields)
     seconds = {seed: record["seconds"] for seed, record in kept.items()}
     start = time.perf_counter() - max(seconds.values(), default=0.0)
 
@@ -348,10 +349,10 @@ def respond_and_keep(
 
         def keep(rollout: Rollout) -> None:
             seconds[rollout.seed] = time.perf_counter() - start
-            record = {field: getattr(rollout, field) for field in KEPT}
+            rollout.logprobs = array("f", rollout.logprobs)  # an eighth of a list of numbers
+            record = {field: getattr(rollout, field) for field in KEPT} | decisions(rollout.logprobs)
             file.write(json.dumps(record | {"seconds": seconds[rollout.seed]}) + "\n")
             file.flush()
-            rollout.logprobs = []  # not needed here, and much to send
 
         graded = respond(
             engine, tokenizer, questions, how, config.samples, config.prompt, config.seed,
@@ -375,8 +376,7 @@ def write_responses(out: Path, name: str, graded: list[list[Graded]], seconds: d
         for index, group in enumerate(graded):
             for sample, g in enumerate(group):
                 record = {"index": index, "sample": sample} | g.to_record()
-                record |= {"response_ids": g.rollout.response_ids, "seconds": seconds[g.rollout.seed]}
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record | {"seconds": seconds[g.rollout.seed]}) + "\n")
     complete.replace(out / f"{name}.jsonl")
     for part in out.glob(f"{glob.escape(name)}.rank*.jsonl"):
         part.unlink()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from plumbing import own_reward
 from plumbing.answers import GOLD_NAMES, explain_file, extract_answer, gold_answer, judge_all, tolerance_of
-from plumbing.common import InputError, read_records, run_script
+from plumbing.common import InputError, decisions, read_records, run_script
 from plumbing.config import Parser
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ class Graded:
             "num_tokens": r.num_tokens,
             "finish_reason": r.finish_reason,
             "seed": r.seed,
+            "block_size": self.block_size,
+            "response_ids": r.response_ids,
             "steps": r.steps,
+            **decisions(r.logprobs, r.hold_bounds, r.hold_logprobs),
         }
 
 

@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -368,6 +369,30 @@ def check_model(name: str) -> None:
         raise InputError(f"{name}: a file, expected a checkpoint folder")
     if not name or (not like_the_hub and not Path(name).exists()):
         raise InputError(f"{name or 'an empty name'}: no such checkpoint folder")
+
+
+def decisions(
+    logprobs: Iterable[float],
+    hold_bounds: Iterable[Iterable[float]] = (),
+    hold_logprobs: Iterable[Iterable[float]] = (),
+) -> dict[str, list[float]]:
+    """How sure the decisions of a response were, for its record: flat lists, 4 significant digits.
+
+    Args:
+        logprobs: [R] of each token at its reveal; empty if they are not known.
+        hold_bounds, hold_logprobs: R lists, of the earlier steps of the token's block, in order. How many a
+            token has follows from the step map: as many as its block has smaller numbers of steps.
+
+    Returns:
+        The lists that are not empty.
+    """
+    named = {
+        "logprobs": logprobs,
+        "hold_bounds": chain.from_iterable(hold_bounds),
+        "hold_logprobs": chain.from_iterable(hold_logprobs),
+    }
+    lists = {name: [float(f"{value:.4g}") for value in values] for name, values in named.items()}
+    return {name: values for name, values in lists.items() if values}
 
 
 # --------------------------------------------------------------------------- clock and order

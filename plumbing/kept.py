@@ -38,6 +38,12 @@ def problem_of_response(record: dict[str, Any]) -> str:
     if len(steps) != len(ids):
         return f"`steps` has {len(steps)} items, and `response_ids` has {len(ids)}"
 
+    # What a response of an older version of this program does not have.
+    logprobs = record.get("logprobs", [])
+    numbers = isinstance(logprobs, list) and all(type(x) in (int, float) and abs(x) < 1e9 for x in logprobs)
+    if not numbers or len(logprobs) not in (0, len(ids)):
+        return f"`logprobs` is {shown(record, 'logprobs')}, expected a number for each token"
+
     # The numbers, and the reason to end.
     if not is_whole(record.get("num_tokens"), 1, len(ids)):
         return f"`num_tokens` is {shown(record, 'num_tokens')}, expected a whole number from 1 to {len(ids)}"

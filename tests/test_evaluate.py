@@ -237,11 +237,11 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def untimed(out: Path) -> tuple[dict, dict[str, list[dict]]]:
-    """Summary and responses without what the clock says."""
+    """Summary and responses without what the clock says, and what rounds otherwise in another batch."""
 
     def strip(item):
         if isinstance(item, dict):
-            gone = ("seconds", "tokens_per_second", "out", "max_batch")
+            gone = ("seconds", "tokens_per_second", "out", "max_batch", "logprobs")
             return {k: strip(v) for k, v in item.items() if k not in gone}
         return item
 
@@ -453,6 +453,9 @@ def test_responses_have_all_that_a_replay_needs(whole):
             assert len(r["steps"]) == len(r["response_ids"]) and r["steps"][0] >= 1
             assert (r["prompt_tokens"] + len(r["response_ids"])) % 4 == 0, "whole blocks"
             assert r["tpf"] == len(r["steps"]) / len(set(r["steps"]))
+            assert len(r["logprobs"]) == len(r["steps"]) and max(r["logprobs"]) <= 0
+            assert all(float(f"{x:.3e}") == x for x in r["logprobs"]), "four digits"
+            assert r["block_size"] == 4
         figures = summary_of(whole)["benchmarks"][rule]["test"]
         assert figures["accuracy"] == fmean(r["correct"] for r in records)
         assert figures["tokens"] == pytest.approx(fmean(r["num_tokens"] for r in records))
