@@ -292,7 +292,7 @@ def claim_folder(out: Path, model: Path, config: EvalConfig, benchmarks: Benchma
         run["questions"][name] = hashlib.sha256(text.encode()).hexdigest()
 
     in_use = any(f.stat().st_size for f in out.glob("responses-*.jsonl"))
-    return claim(out, run, in_use)
+    return claim(out, run, in_use, config)
 
 
 def read_kept(out: Path, name: str) -> dict[int, dict[str, Any]]:

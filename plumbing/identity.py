@@ -2,7 +2,7 @@
 
 A run may be resumed as what it is only. What a field marked `may_change` says does not matter to the result;
 everything else does. The checkpoint that a run began with is resolved once: a link that has moved on since
-(`model=runs/sft/latest`) is not followed again.
+(`model=runs/sft/latest`) is not followed again. Beside that it says how the run was started each time.
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plumbing.checkpoint import find_folder
-from plumbing.common import InputError
+from plumbing.common import ROOT, InputError
 from plumbing.config import TrainConfig
+from plumbing.ranks import rank_and_world
 
 PIECE = 2**20  # bytes at each end of a file of weights that tell it from another one
 
@@ -40,7 +49,47 @@ def identity(config: TrainConfig, before: dict[str, Any] | None = None) -> dict[
         "data": data,
         "fields": dataclasses.asdict(config),
         "forced": before["forced"] if before else [],
+        "starts": before["starts"] if before else [],
     }
+
+
+def origin(config: Any, step: int = 0) -> dict[str, Any]:
+    """Where what a script is about to make comes from: for people to read, nothing is decided by it.
+
+    Args:
+        config: a dataclass; of its fields those are named that have another value than their default.
+        step: the last step done, of a run.
+    """
+    changed = {}
+    for f in dataclasses.fields(config):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if getattr(config, f.name) != default:
+            changed[f.name] = default
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return {
+        "step": step,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "machine": f"{platform.node()}, {device}, {rank_and_world()[1]} ranks, {versions}",
+        "defaults": changed,
+    }
+
+
+def commit() -> str:
+    """The commit of this repository, and whether files differ from it; empty if git does not know it."""
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        if done.returncode:
+            return ""
+        answers.append(done.stdout.strip())
+    return answers[0] + (" with changes" if answers[1] else "")
 
 
 def begun_with(model: dict[str, str]) -> dict[str, str]:
@@ -88,6 +137,7 @@ def read_identity(run: Path) -> dict[str, Any] | None:
         found = json.loads(file.read_text())
         found["model"]["name"], found["model"]["folder"], found["model"]["fingerprint"]
         found["script"], found["data"]["sha256"], found["fields"].items(), found["forced"]
+        found["starts"] = list(found.get("starts", []))  # older runs have none
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{file}: damaged ({reason}); without it resume=force goes on") from error

@@ -1,6 +1,7 @@
 """The run directory of a training script, and the optimizer whose state lies in it.
 
-    run.json               what run this is: script, model, data, all fields; to resume only the same one
+    run.json               what run this is: script, model, data, all fields; to resume only the same one.
+                           And how it was started, each time: command, commit, machine
     config.yaml            the config as it was given last
     metrics.jsonl          a line per step
     rollouts.jsonl         some rollouts of each step (dipo.py)
@@ -31,7 +32,7 @@ from omegaconf import OmegaConf
 from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny, write_tensors
 from plumbing.common import InputError, checkpoints, collecting, lock, tell, write_json, writing
 from plumbing.config import TrainConfig
-from plumbing.identity import differences, identity, read_identity, shortened_logs
+from plumbing.identity import differences, identity, origin, read_identity, shortened_logs
 from plumbing.kept import read_settings
 from plumbing.ranks import barrier, first_problem, gather, rank_and_world
 
@@ -104,8 +105,8 @@ class RunFolder:
             if changes:
                 tell(f"{self.path}: resume=force although {'; '.join(changes)}")
                 self._identity["forced"] += [{"step": self.step, "changes": changes}]
-            if changes or not before:
-                write_json(self.path / "run.json", self._identity)
+            self._identity["starts"].append(origin(self.config, self.step))
+            write_json(self.path / "run.json", self._identity)
             with writing(self.path / "config.yaml"):
                 OmegaConf.save(OmegaConf.structured(self.config), self.path / "config.yaml")
             for log in LOGS:
@@ -362,11 +363,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(f"{checkpoint}/state.json: cannot resume from it ({error})") from error
 
 
-def claim(out: Path, run: dict[str, Any], in_use: bool) -> IO[str] | None:
+def claim(out: Path, run: dict[str, Any], in_use: bool, config: Any) -> IO[str] | None:
     """Lock out, and note in out/config.json what a run without steps is (evaluate.py); call on every rank.
 
     Args:
         in_use: responses lie there already; config.json says of which settings.
+        config: what was given, for the note on where the responses come from.
 
     Returns:
         The lock, on rank 0.
@@ -386,7 +388,8 @@ def claim(out: Path, run: dict[str, Any], in_use: bool) -> IO[str] | None:
             )
     out.mkdir(parents=True, exist_ok=True)
     if rank_and_world()[0] == 0:
-        write_json(file, run)
+        starts = read_settings(file).get("starts", []) if in_use else []
+        write_json(file, run | {"starts": [*starts, origin(config)]})
     return held
 
 
