@@ -138,6 +138,7 @@ from plumbing.figures import Results, bootstrap_interval, majority, pass_at_k, p
 from plumbing.kept import check_response
 from plumbing.lengths import fitting_questions
 from plumbing.ranks import gather, rank_and_world, start_distributed
+from plumbing.report import try_to_write
 from plumbing.run_folder import claim
 from reward import Graded, Question, grade, read_questions
 from rollout import Decoding, Engine, Rollout, generate_all, make_engine
@@ -436,6 +437,7 @@ def main(config: EvalConfig) -> None:
     engine.close()
     if rank == 0:
         write_report(config, results)
+        try_to_write([out])
         lock.close()
 
 

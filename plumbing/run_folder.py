@@ -7,6 +7,7 @@
     rollouts.jsonl         some rollouts of each step (dipo.py)
     checkpoints/step-N     a Hugging Face folder, with the optimizer's state and the counters beside it
     latest                 a link to the newest complete one
+    report.html            all of it to look at (plumbing/report.py)
 
 A run that was killed at any moment and resumed ends with the bytes of one that was not: a checkpoint
 appears under its name only when it is complete, and what was logged after it is cut off. All randomness
@@ -35,6 +36,7 @@ from plumbing.config import TrainConfig
 from plumbing.identity import differences, identity, origin, read_identity, shortened_logs
 from plumbing.kept import read_settings
 from plumbing.ranks import barrier, first_problem, gather, rank_and_world
+from plumbing.report import try_to_write
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
@@ -73,6 +75,7 @@ class RunFolder:
         self.engine_log = self.path / f"engine-rank{self.rank}.log"
         self._wandb = self._start_wandb()
         self._copied = read_copied(self.weights)  # now, since the folder may go away
+        self._next_report = 0.0  # when it is worth the time
         self._unwritten: dict[str, str] = {}  # by log: lines that wait for room on the disk
         self._unsaved = ""  # why the newest checkpoint is not in its place, and where it is
 
@@ -150,6 +153,12 @@ class RunFolder:
         self.append("metrics.jsonl", [{"step": step, **metrics}])
         if self._wandb:
             self._wandb.log(metrics, step=step)
+        self._write_report()
+
+    def _write_report(self, running: bool = True) -> None:
+        """Write report.html; while the run goes, so rarely that it costs a fiftieth of the time at most."""
+        if self.rank == 0 and (not running or time.monotonic() >= self._next_report):
+            self._next_report = time.monotonic() + max(20.0, 50 * try_to_write([self.path], running))
 
     def append(self, log: str, records: list[dict[str, Any]]) -> None:
         """Append records to a JSON Lines file of the run; rank 0 does it.
@@ -258,6 +267,7 @@ class RunFolder:
         """
         for log in list(self._unwritten):
             self.append(log, [])
+        self._write_report(running=False)
         self.weights = Path()  # not needed any more
         if self.rank == 0:
             self._drop_old_checkpoints()
