@@ -112,6 +112,7 @@ def check_finite(name: str, tensor: torch.Tensor, folder: Path) -> None:
 class TensorFiles:
     """Tensors in the files FOLDER/STEM*.safetensors, read by slices along their first dimension.
 
+    An index FOLDER/STEM.safetensors.index.json may give the files other names, as SDAR-30B-A3B's does.
     Opening them reads their headers only. A file may hold a slice of a tensor; its metadata then has
     `first_rows`, a JSON object of where the slice of each tensor begins.
 
@@ -122,7 +123,7 @@ class TensorFiles:
     def __init__(self, folder: Path, stem: str):
         self.parts: dict[str, list[tuple[int, object]]] = {}  # of each tensor: where it begins, slice
         self.where = folder / f"{stem}.safetensors"
-        for file in sorted(folder.glob(f"{stem}*.safetensors")):
+        for file in tensor_files(folder, stem):
             try:
                 opened = safe_open(file, "pt")
                 first = json.loads((opened.metadata() or {}).get("first_rows", "{}"))
@@ -147,6 +148,22 @@ class TensorFiles:
         if start < stop:
             raise InputError(f"{self.where}: no slice {start} to {stop} of tensor {name}")
         return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def tensor_files(folder: Path, stem: str) -> list[Path]:
+    """FOLDER/STEM*.safetensors, or what the index beside them names in their place.
+
+    Raises:
+        InputError: an index that is none.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
+        return sorted(folder.glob(f"{stem}*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(folder / Path(name).name for name in names)  # never outside of the folder
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of weights ({first_line(error)})") from error
 
 
 def own_slice(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
