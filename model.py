@@ -43,7 +43,7 @@ from transformers.conversion_mapping import (
 
 import plumbing.checkpoint as checkpoints
 from masking import HOLD, TILE, Packed, block_mask, dense_mask, padded, visible
-from plumbing.common import InputError, run_script
+from plumbing.common import InputError, run_script, tell
 from plumbing.config import Parser, folder_name
 from plumbing.kernels import (
     ScoreChunks,
@@ -57,6 +57,7 @@ from plumbing.kernels import (
     log_normalizer,
 )
 from plumbing.lora import add_adapters
+from plumbing.published import assumed_block_size
 from plumbing.ranks import rank_and_world, shard
 
 if TYPE_CHECKING:
@@ -423,15 +424,21 @@ def load_for_training(name: str | Path, device: torch.device, config: TrainConfi
 
 
 def choose_block_size(wanted: int, model_config: Any) -> int:
-    """The block size to use: the wanted one, or the checkpoint's, or 4 as in published SDAR.
+    """The block size to use: the wanted one, or config.json's; if it has none, see plumbing/published.py.
 
     Raises:
-        InputError: both are given and differ.
+        InputError: both are given and differ, or there is none and the checkpoint's name suggests one.
     """
     trained = getattr(model_config, "block_size", None)
     if wanted and trained and wanted != trained:
         raise InputError(f"config key block_size: {wanted}, but the checkpoint has {trained}")
-    return wanted or trained or 4
+    if wanted or trained:
+        return wanted or trained
+    folder = getattr(model_config, "_name_or_path", "")
+    size, reason = assumed_block_size(folder)
+    if rank_and_world()[0] == 0:
+        tell(f"{folder or 'model'}: no block_size in config.json, blocks of {size} tokens ({reason})")
+    return size
 
 
 def main() -> None:

@@ -303,7 +303,7 @@ class TrainConfig:
         may_change=True,
     )
     seed: int = setting(0, "of the data order, the noise and the rollouts")
-    block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
+    block_size: int = setting(0, "tokens per block; 0: config.json's, else by name, else 4")
     prompt: str = setting("{question}", "the user's turn; {question} is replaced", holds="{question}")
 
     steps: int = setting(

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from plumbing.checkpoint import read_config
 from plumbing.common import InputError
 from plumbing.kernels import SCORING_BYTES, checkpoint_layers
+from plumbing.published import assumed_block_size
 from plumbing.ranks import rank_and_world
 
 GIB = 2**30
@@ -182,7 +183,9 @@ class Job:
         fields = {name: getattr(config, name) for name in names}
         rolls_out = config.eval_every or hasattr(config, "group_size")
         fields["engine"] = engine if rolls_out else ""
-        fields["block_size"] = config.block_size or getattr(shape, "block_size", None) or 4
+        fields["block_size"] = config.block_size or getattr(shape, "block_size", None)
+        folder = getattr(shape, "_name_or_path", "")
+        fields["block_size"] = fields["block_size"] or assumed_block_size(folder)[0]
         fields["reference"] = bool(getattr(config, "kl_beta", 0))
         return cls(**fields | {"shape": shape, "ranks": ranks, "longest": longest})
 

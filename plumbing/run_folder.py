@@ -35,6 +35,7 @@ from plumbing.common import InputError, checkpoints, collecting, lock, tell, wri
 from plumbing.config import TrainConfig
 from plumbing.identity import differences, identity, origin, read_identity, shortened_logs
 from plumbing.kept import read_settings
+from plumbing.published import with_block_size
 from plumbing.ranks import barrier, first_problem, gather, rank_and_world
 from plumbing.report import try_to_write
 
@@ -74,7 +75,8 @@ class RunFolder:
         self.base = self.initial if config.lora_rank else self.weights
         self.engine_log = self.path / f"engine-rank{self.rank}.log"
         self._wandb = self._start_wandb()
-        self._copied = read_copied(self.weights)  # now, since the folder may go away
+        copied = read_copied(self.weights)  # now, since the folder may go away
+        self._copied = with_block_size(copied, config.block_size, self.base)
         self._next_report = 0.0  # when it is worth the time
         self._unwritten: dict[str, str] = {}  # by log: lines that wait for room on the disk
         self._unsaved = ""  # why the newest checkpoint is not in its place, and where it is
