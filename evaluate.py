@@ -73,7 +73,7 @@ class EvalConfig:
     max_tokens: int = setting(256, "new tokens per response", above=0)
     min_tokens: int = setting(0, "no stop token is drawn in a block that begins before so many new tokens")
     banned: list[str] = setting([], "tokens that are never drawn")
-    block_size: int = setting(0, "tokens per block; 0: the checkpoint's, or 4")
+    block_size: int = setting(0, "tokens per block; 0: config.json's, else by name, else 4")
     seed: int = setting(0, "of the sampling", at_least=None)
 
     engine: EngineName = setting("auto", "lmdeploy where it can run, else torch", heading="Rollout engine")
