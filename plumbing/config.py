@@ -348,7 +348,10 @@ class TrainConfig:
         0, "steps between checkpoints; 0: only the last", heading="Checkpoints and logs", may_change=True
     )
     keep_checkpoints: int = setting(2, "how many stay on disk", above=0, may_change=True)
-    wandb: str = setting("", "project to log to as well, if wandb is installed", may_change=True)
+    log_to: Literal["auto", "none", "tensorboard", "wandb"] = setting(
+        "auto", "where metrics go beside metrics.jsonl; auto: wandb if it has a project", may_change=True
+    )
+    wandb: str = setting("", "the project there; empty: nanodirl", may_change=True)
 
     eval_data: str = setting(
         "",
@@ -375,6 +378,8 @@ class TrainConfig:
         """
         if self.lora_rank and self.cpu_offload:
             raise InputError("config key cpu_offload: with lora_rank nothing is sharded, so nothing waits")
+        if self.wandb and self.log_to == "tensorboard":
+            raise InputError(f"config key wandb: {self.wandb}, expected none with log_to=tensorboard")
         if self.eval_every and not self.eval_data:
             raise InputError("config key eval_data: expected a question file, since eval_every is set")
         if self.eval_data and not self.eval_every:

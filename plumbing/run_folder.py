@@ -5,6 +5,7 @@
     config.yaml            the config as it was given last
     metrics.jsonl          a line per step
     rollouts.jsonl         some rollouts of each step (dipo.py)
+    tensorboard            with log_to=tensorboard: the metrics again
     checkpoints/step-N     a Hugging Face folder, with the optimizer's state and the counters beside it
     latest                 a link to the newest complete one
     report.html            all of it to look at (plumbing/report.py)
@@ -16,7 +17,6 @@ of a run is a function of (seed, step, item), so a checkpoint keeps no random st
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -38,6 +38,7 @@ from plumbing.kept import read_settings
 from plumbing.published import with_block_size
 from plumbing.ranks import barrier, first_problem, gather, rank_and_world
 from plumbing.report import try_to_write
+from plumbing.watch import Watch
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter, beside its step count
@@ -74,7 +75,7 @@ class RunFolder:
         self.weights = self._checkpoint or self.initial
         self.base = self.initial if config.lora_rank else self.weights
         self.engine_log = self.path / f"engine-rank{self.rank}.log"
-        self._wandb = self._start_wandb()
+        self._watch = Watch(config, self.path, self.step, self.rank)
         copied = read_copied(self.weights)  # now, since the folder may go away
         self._copied = with_block_size(copied, config.block_size, self.base)
         self._next_report = 0.0  # when it is worth the time
@@ -140,21 +141,10 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------- logs
 
-    def _start_wandb(self) -> Any:
-        if not self.config.wandb or self.rank:
-            return None
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError("config key wandb: the package is missing, pip install wandb") from error
-        settings = dataclasses.asdict(self.config)
-        return wandb.init(project=self.config.wandb, dir=self.path, config=settings)
-
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is no number is null there, and `skipped` says why."""
         self.append("metrics.jsonl", [{"step": step, **metrics}])
-        if self._wandb:
-            self._wandb.log(metrics, step=step)
+        self._watch.log(step, metrics)
         self._write_report()
 
     def _write_report(self, running: bool = True) -> None:
@@ -267,6 +257,7 @@ class RunFolder:
         Raises:
             InputError: its last checkpoint or lines of a log are not where they belong.
         """
+        self._watch.close()
         for log in list(self._unwritten):
             self.append(log, [])
         self._write_report(running=False)
