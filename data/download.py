@@ -130,6 +130,7 @@ MODELS = {
     "SDAR-1.7B-Chat": "JetLM/SDAR-1.7B-Chat",
     "SDAR-4B-Chat": "JetLM/SDAR-4B-Chat",
     "SDAR-8B-Chat": "JetLM/SDAR-8B-Chat",
+    "SDAR-8B-Chat-b32": "JetLM/SDAR-8B-Chat-b32",
     "DiRL-8B-Instruct": "OpenMOSS-Team/DiRL-8B-Instruct",
 }
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.md", "LICENSE*")  # no code, no pickles

@@ -13,7 +13,14 @@ import memory  # noqa: E402
 from plumbing.gpu import GIB, Job, cache_bytes_per_token, plan, problem  # noqa: E402
 
 GPUS = {"H200": 139.8, "H100": 79.1}
-CONFIGS = ("sdar_8b_sft", "sdar_8b_dipo", "sdar_8b_dipo_release")
+CONFIGS = {  # and the models that each is planned for
+    "sdar_8b_sft": ("1.7B", "8B"),
+    "sdar_8b_dipo": ("1.7B", "8B"),
+    "sdar_8b_dipo_release": ("1.7B", "8B"),
+    "sdar_8b_b32_dipo": ("8B",),
+    "sdar_1.7b_sft": ("1.7B",),
+    "sdar_1.7b_dipo": ("1.7B",),
+}
 
 HEAD = """# Memory: who has the GPU when
 
@@ -56,10 +63,10 @@ def planned(stage: str, config: str, model: str, ranks: int) -> Job:
 
 def overview(name: str) -> list[str]:
     """A table of one config: models and GPUs down, phases across."""
-    stage = name.split("_")[2]
+    stage = "sft" if "sft" in name else "dipo"
     lines = ["", f"## configs/{name}.yaml", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for model in ("1.7B", "8B"):
+    for model in CONFIGS[name]:
         for ranks in (1, 8):
             for gpu, gib in GPUS.items():
                 job = planned(stage, name, model, ranks)
