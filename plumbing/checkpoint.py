@@ -353,10 +353,24 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return sorted({vocabulary[n] for n in names if n in vocabulary})
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, user_turn: str) -> list[int]:
-    """Token ids of a chat with one user turn, ready for the assistant's."""
-    chat = [{"role": "user", "content": user_turn}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, user_turn: str, history: Iterable[dict[str, str]] = ()
+) -> list[int]:
+    """Token ids of a chat that ends with a turn of the user, ready for the assistant's.
+
+    Args:
+        history: the turns before, each with role and content.
+
+    Raises:
+        InputError: the chat template refuses a chat with a history.
+    """
+    chat = [*history, {"role": "user", "content": user_turn}]
+    try:
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except (
+        Exception
+    ) as error:  # whatever the template's language raises; one turn `_check_template` has tried
+        raise InputError(f"the chat template refuses a chat of {len(chat)} turns") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
