@@ -19,7 +19,9 @@ them.
 
 Tokens per forward (TPF) = tokens of the trajectory / its (block, step) pairs; between 1 and B.
 
-    python rollout.py CHECKPOINT "3+8+5?"    # prints one trajectory with its step map
+    python rollout.py CHECKPOINT "3+8+5?"    # plays it in the terminal; in a pipe, lines and the step map
+    python rollout.py CHECKPOINT             # a chat
+    python rollout.py runs/demo/dipo/latest "1+8+8+7+6?" --gif docs/denoising.gif    # static and dynamic
 
 Two engines do this behind one interface, `Engine`: `TorchEngine`, this repository's own model, on CPU
 or GPU; and `LMDeployEngine`, LMDeploy in a subprocess (plumbing/lmdeploy_engine.py), whose version 0.18.0
@@ -28,15 +30,19 @@ defines these rules (pytorch/strategies/dllm/unmasking.py). Source: SDAR (2510.0
 
 from __future__ import annotations
 
-import argparse
+import functools
 import math
+import os
+import tempfile
+import time
 from collections import deque
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from masking import Trajectory
+from masking import Trajectory, pack, replay
 from model import (
     FLOOR,
     BlockCache,
@@ -47,6 +53,8 @@ from model import (
     log_reached,
     sampling_logprobs,
 )
+from plumbing.autoregressive import Autoregressive
+from plumbing.chat import answer_questions, read_options
 from plumbing.checkpoint import (
     check_weights,
     encode_prompt,
@@ -58,15 +66,14 @@ from plumbing.checkpoint import (
     stop_ids,
 )
 from plumbing.common import InputError, run_script, tell
-from plumbing.config import Parser, readable
 from plumbing.gpu import rest, to_engine, used_bytes
 from plumbing.guard import together
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.ranks import gather, rank_and_world
+from plumbing.show import Answer, of_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from transformers import PreTrainedTokenizerFast
 
@@ -677,30 +684,46 @@ def make_engine(
     return LMDeployEngine(folder, b, mask_id, stops, config.max_batch, dtype, config.cache_gib, log)
 
 
+def answer(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, question: str, history: list[dict], options: Any
+) -> Answer:
+    """The next turn of a chat, with the text, step, block and probability of each of its tokens."""
+    prompt, b, greedy = (
+        encode_prompt(tokenizer, question, history),
+        engine.block_size,
+        not options.temperature,
+    )
+    how = Decoding.from_config(options, temperature=options.temperature or 1.0, top_k=int(greedy))
+    how.denoising_steps = b
+    start = time.perf_counter()
+    (rollout,) = generate_all(engine, [prompt], [options.seed], how)
+    seconds = time.perf_counter() - start
+
+    # Greedily g is 1. What p was, the trainer's pass over the recorded views says.
+    logprobs = rollout.logprobs
+    if greedy and isinstance(engine, TorchEngine):
+        (row,) = pack([replay(rollout, b, 1.0)], b, engine.mask_id, 0)
+        scores = engine.model.score(row.to(engine.model.device), Decoding()).logprobs.tolist()
+        order = sorted(range(len(scores)), key=rollout.steps.__getitem__)  # step by step, from the left
+        logprobs = [score for _, score in sorted(zip(order, scores, strict=True))]
+    elif greedy and isinstance(engine, LMDeployEngine):
+        logprobs = None
+    ids, steps = (prompt, rollout.response_ids), [0] * len(prompt) + rollout.steps
+    end = rollout.num_tokens, rollout.finish_reason
+    return of_tokens(tokenizer, *ids, steps, logprobs, b, *end, seconds)
+
+
 def main() -> None:
-    """Print one trajectory, block by block and step by step."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder or hub id")
-    parser.add_argument("question", type=readable)
-    options = parser.parse_args()
-
-    model, tokenizer = load(options.checkpoint), load_tokenizer(options.checkpoint)
-    b = choose_block_size(0, model.config)
-    engine = TorchEngine(model, b, tokenizer.mask_token_id, stop_ids(tokenizer))
-    prompt = encode_prompt(tokenizer, options.question)
-    (rollout,) = engine.generate([prompt], [0], Decoding(max_tokens=64))
-
-    # Step by step, the block in which something was revealed then; step 0 is the prompt.
-    ids, steps = prompt + rollout.response_ids, [0] * len(prompt) + rollout.steps
-    for step in range(1, max(steps) + 1):
-        block = steps.index(step) // b
-        seen = []
-        for i in range(block * b, block * b + b):
-            seen.append(tokenizer.decode(ids[i]) if steps[i] <= step else "_")
-        print(f"step {step:3d}  block {block:3d}  {' '.join(map(repr, seen))}")
-    print(f"\n{tokenizer.decode(rollout.shown_ids)!r}")
-    print(f"finish: {rollout.finish_reason}, {rollout.tokens_per_forward:.2f} tokens per forward")
-    print(f"step map: {rollout.steps}")
+    """Show how an answer comes about, step by step; without a question, chat."""
+    options = read_options(__doc__)
+    tokenizer, folder = load_tokenizer(options.checkpoint), find_folder(options.checkpoint)
+    by_blocks = is_block_diffusion(folder)
+    if by_blocks or options.engine == "lmdeploy" or (options.engine == "auto" and not lmdeploy_problem()):
+        log = Path(tempfile.gettempdir()) / f"rollout-{os.getpid()}.log"
+        engine = make_engine(folder, tokenizer, 0, options, log)
+    else:
+        engine = Autoregressive(folder, options.dtype, stop_ids(tokenizer))
+    answer_questions(options, functools.partial(answer, engine, tokenizer), by_blocks)
 
 
 if __name__ == "__main__":
