@@ -532,4 +532,4 @@ def test_rollout_refuses_in_one_line(zygote, arguments) -> None:
     command = [sys.executable, "rollout.py", *arguments]
     done = zygote.run(command, cwd=ROOT, env=ENVIRONMENT)
     error = the_error(done.returncode, done.stderr)
-    assert_names(error, *(arguments[:1] or ["checkpoint", "question"]))
+    assert_names(error, *(arguments[:1] or ["checkpoint"]))
