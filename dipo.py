@@ -83,6 +83,13 @@ class DiPOConfig(TrainConfig):
         "sampled", "the policy: what was sampled from, or the softmax before top_k and top_p"
     )
     kl_beta: float = setting(0.0, "weight of the KL to the reference, the initial model; 0: none is loaded")
+    correction: Literal["none", "truncate", "mask"] = setting(
+        "none", "for the engine's rounding, by the ratio trainer / engine of each action: correction_weights"
+    )
+    correction_low: float = setting(0.5, "mask: actions with a smaller ratio have weight 0", at_most=1)
+    correction_high: float = setting(
+        2.0, "likewise with a larger one; truncate: it counts as this", at_least=1
+    )
     updates: int = setting(1, "optimizer updates per batch of rollouts", above=0)
     gap_limit: dict[str, float] = setting(
         {"float32": 0.01, "bfloat16": 0.2},
@@ -476,20 +483,52 @@ def engine_gap(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor) 
     }
 
 
-def hold_agreement(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-    """Weights [M] of the actions: 1, less for a hold that the trainer finds less likely than the engine did.
+def correction_weights(
+    trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor, config: DiPOConfig
+) -> torch.Tensor:
+    """Constant weights [M] of the actions, by the ratio rho = pi / mu of each: trainer's policy, engine's.
 
-    The engine drew from its own rounding mu of the policy pi. Off-policy the gradient of a hold's
-    log-probability has the weight pi / mu; `truncated` at 1 it is biased only where they disagree, and has
-    no tail (truncated importance sampling, Ionides 2008). It matters for holds alone: if two sure positions
-    are in another order for the trainer, the mass it finds below the bound falls from nearly 1 to nearly 0
-    at once, and the gradient of a log near 0 is as large as that of all reveals of the block. A reveal's
-    log-probability is smooth, and differs by the rounding only.
+    The engine draws from mu, its own rounding of pi. By config.correction an action weighs
+
+        none        1 if it is a reveal, min(rho, 1) if a hold
+        truncate    min(rho, correction_high)             truncated importance sampling (Yao et al. 2025)
+        mask        rho between the bounds, else 0        IcePop (2510.18855), there from 0.5 to 5
+
+    Let J(s, j) be the expected advantage if in state s the action at position j is drawn from pi, and all
+    else from mu. Since mu rho = pi, `truncate` with a bound that no ratio reaches has the gradient of the sum
+    of J(s, j) over all s and j: to first order in pi - mu that sum changes as J(pi) does, and a constant
+    advantage has no gradient. It is not the gradient of J(pi) itself, as states and continuations remain
+    mu's: that one takes the product of all ratios of a trajectory, whose variance grows exponentially with
+    its length. So the literature has ratios per token, here per action. `none` has the gradient of no J, not
+    even of a constant. Bounds leave out, or shrink, the actions beyond them: bias for variance.
+    (Before the clip, with likelihood=exact; all are enumerated in tests/test_correction.py.)
+
+    It holds as long as rounding moves no token over a bound: a hold is a set of tokens. If two sure
+    positions are in another order for the trainer, the mass below the bound falls from nearly 1 to nearly 0
+    at once, and the gradient of a log near 0 is as large as that of all reveals of the block. So even `none`
+    truncates the ratio of holds, at 1 (Ionides 2008); a reveal's differs by the rounding only.
 
     Args:
         trainer, engine: [M] log-probabilities before the first update.
     """
-    return torch.where(held, (trainer - engine).clamp(max=0.0), 0.0).exp()
+    ratio = (trainer - engine).exp()
+    if config.correction == "none":
+        return torch.where(held, ratio.clamp(max=1.0), 1.0)
+    if config.correction == "truncate":
+        return ratio.clamp(max=config.correction_high)
+    return torch.where((ratio >= config.correction_low) & (ratio <= config.correction_high), ratio, 0.0)
+
+
+def correction_sums(
+    trainer: torch.Tensor, engine: torch.Tensor, weights: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sums over actions for the metrics of config.correction, given its weights [M]."""
+    ratio = (trainer - engine).exp()
+    return {
+        "ratio": ratio.sum(),
+        "ratio_squared": ratio.square().sum(),
+        "corrected": (weights != ratio).sum(),
+    }
 
 
 # ------------------------------------------------------------------------------ training
@@ -615,7 +654,8 @@ def accumulate_gradients(
 
     Returns:
         For every row of this rank, sums over its actions: those of dipo_loss, loss, entropy, actions, holds;
-        with the first update, before the policy moves, also train_tokens and those of engine_gap.
+        with the first update, before the policy moves, also train_tokens and those of engine_gap and
+        correction_sums.
     """
     (rank, world), how, stats = rank_and_world(), policy_sampling(config), []
     bar = progress(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
@@ -625,7 +665,8 @@ def accumulate_gradients(
         scores = policy.score(packed, how)
         now, held = scores.logprobs.detach(), packed.targets == HOLD
         old = now if row.old_logprobs is None else row.old_logprobs
-        weights = packed.weights * hold_agreement(old, packed.engine_logprobs, held)
+        correction = correction_weights(old, packed.engine_logprobs, held, config)
+        weights = packed.weights * correction
         loss, sums = dipo_loss(
             scores.logprobs, old, packed.advantages, weights, config, row.reference_logprobs
         )
@@ -636,6 +677,7 @@ def accumulate_gradients(
         sums |= {"actions": len(packed.scored), "holds": held.sum()}
         if first_update:
             sums |= {"train_tokens": len(packed)} | engine_gap(now, packed.engine_logprobs, held)
+            sums |= correction_sums(old, packed.engine_logprobs, correction)
         stats.append({name: float(value) for name, value in sums.items()})
         noted(stats[-1]["loss"], f"loss of row {len(stats)} of {len(rows)} on rank {rank}")
         bar.update()
@@ -666,7 +708,14 @@ def training_metrics(stats: list[dict[str, float]], config: DiPOConfig) -> dict[
         "gap_holds": sums["gap_holds"] / max(sums["holds"], 1),
         "train_tokens": int(sums["train_tokens"]),
     }
-    return metrics | ({"kl": sums["kl"] / sums["actions"]} if "kl" in sums else {})
+    if "kl" in sums:
+        metrics["kl"] = sums["kl"] / sums["actions"]
+    if config.correction != "none":  # mean ratio, effective sample size as a share, share out of bounds
+        first = sums["actions"] / config.updates
+        metrics["correction_ratio"] = sums["ratio"] / first
+        metrics["correction_ess"] = sums["ratio"] ** 2 / (first * sums["ratio_squared"])
+        metrics["correction_share"] = sums["corrected"] / first
+    return metrics
 
 
 # ------------------------------------------------------------------------------ the loop

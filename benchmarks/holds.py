@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from dipo import hold_agreement
+from dipo import DiPOConfig, correction_weights
 from masking import HOLD, Packed, pack, replay
 from model import BlockDiffusion, choose_block_size, load
 from plumbing.checkpoint import encode_prompt, load_tokenizer, stop_ids
@@ -39,7 +39,7 @@ def gradient_norm(network: BlockDiffusion, rows: list[Packed], how: Decoding, of
     network.zero_grad()
     for row in rows:
         scores, held = network.score(row, how), row.targets == HOLD
-        weights = hold_agreement(scores.logprobs.detach(), row.engine_logprobs, held)
+        weights = correction_weights(scores.logprobs.detach(), row.engine_logprobs, held, DiPOConfig())
         terms = row.advantages * weights * scores.logprobs
         terms[held if of_holds else ~held].sum().backward()
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]).norm().item()

@@ -28,7 +28,6 @@ from dipo import (
     counted_steps,
     dipo_loss,
     group_advantages,
-    hold_agreement,
     make_group,
     pack_certainty,
     pack_groups,
@@ -619,14 +618,6 @@ def test_the_loop_of_dipo_makes_these_steps(folder, tmp_path):
 # ------------------------------------------------------------------- holds that engine and trainer dispute
 
 
-def test_a_hold_that_the_trainer_finds_less_likely_weighs_less():
-    trainer = torch.tensor([-1.0, -1.0, -16.0, -0.5, -3.0])
-    engine = torch.tensor([-1.0, -3.0, -0.1, -0.5, -1.0])
-    held = torch.tensor([True, True, True, False, False])
-    weights = hold_agreement(trainer, engine, held)
-    assert weights.tolist() == pytest.approx([1, 1, math.exp(-15.9), 1, 1])
-
-
 def test_a_disputed_hold_does_not_dominate_the_gradient(folder, tmp_path, groups, monkeypatch):
     """Engine: a sure hold. Trainer: all but impossible, as when two sure positions change their order."""
     trainer = start(DiPOConfig, folder, tmp_path / "run", group_size=4, likelihood="exact")
@@ -647,7 +638,7 @@ def test_a_disputed_hold_does_not_dominate_the_gradient(folder, tmp_path, groups
         packed.weights[held] *= 10  # many of them
     disputed, gap = gradient_norm()
     assert gap > 0.9
-    monkeypatch.setattr(dipo, "hold_agreement", lambda trainer, *_: torch.ones_like(trainer))
+    monkeypatch.setattr(dipo, "correction_weights", lambda trainer, *_: torch.ones_like(trainer))
     dominated, _ = gradient_norm()
     assert dominated > 5 * agreed, "the negative control"
     assert disputed < 1.5 * agreed
