@@ -19,7 +19,7 @@ them.
 
 Tokens per forward (TPF) = tokens of the trajectory / its (block, step) pairs; between 1 and B.
 
-    python rollout.py CHECKPOINT "3+8+5?"    # plays it in the terminal; in a pipe, lines and the step map
+    python rollout.py CHECKPOINT "3+8+5+6?"  # plays it in the terminal; in a pipe, lines and the step map
     python rollout.py CHECKPOINT             # a chat
     python rollout.py runs/demo/dipo/latest "1+8+8+7+6?" --gif docs/denoising.gif    # static and dynamic
 

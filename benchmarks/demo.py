@@ -5,7 +5,7 @@
 
 Writes to --out (runs/demo): data/, sft/, dipo/ (run directories), eval_sft/, eval_dipo/, summary.json
 and curves.png. Interrupted, it goes on where it stopped. Every stage is the command that a user would
-type, and it is printed.
+type, and it is printed; after each stage the model is seen decoding a question.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from plumbing.common import InputError, read_records, run_script, write_json  # 
 from plumbing.config import Parser, folder_name  # noqa: E402
 from plumbing.figures import table  # noqa: E402
 
+QUESTION = "1+8+8+7+6?"  # of the longest kind, whose last term SFT teaches to leave out
 QUICK = {
     "sft": ["steps=6", "batch_size=32", "eval_every=3", "eval_limit=20"],
     # an untrained model is never right: it is rewarded for speed, at a threshold that it reaches
@@ -103,8 +104,10 @@ def main() -> None:
     common = [seed, "resume=true", f"eval_data={data}/validation.jsonl"]
     sft = ["--config", "configs/demo_sft.yaml", f"out={out}/sft", f"data={data}/sft.jsonl"]
     run("sft.py", *sft, *common, *extra["sft"])
+    run("rollout.py", f"{out}/sft/latest", QUESTION)
     dipo = ["--config", "configs/demo_dipo.yaml", f"out={out}/dipo", f"data={data}/rl.jsonl"]
     run("dipo.py", *dipo, f"model={out}/sft/latest", *common, *extra["dipo"])
+    run("rollout.py", f"{out}/dipo/latest", QUESTION)
     for stage in ("sft", "dipo"):
         test = [f"data={data}/test.jsonl", "max_tokens=48", f"out={out}/eval_{stage}"]
         run("evaluate.py", f"model={out}/{stage}/latest", *test, *extra["eval"])
@@ -132,7 +135,7 @@ def main() -> None:
     write_json(out / "summary.json", summary)
     print("\n" + table(figures))
     print(f"\n{summary['seconds']:.0f} s, at most {peak:.1f} GiB in one process.")
-    print(f"Curves: {out}/curves.png. Rollouts with their step maps: {out}/dipo/rollouts.jsonl.")
+    print(f"Curves: {out}/curves.png. Open it in a browser: {out}/dipo/report.html.")
     print(f"All figures: {out}/summary.json, {out}/dipo/metrics.jsonl.")
 
 
