@@ -68,7 +68,7 @@ def packed_row(path: Path) -> dict[str, Any]:
     colours = matplotlib.colors.ListedColormap([EMPTY, CLEAN, SEEN, VIEW])
     figure = plt.figure(figsize=(WIDTH, 4.1), layout="none")
     axes = figure.add_axes((0.05, 0.08, 0.67, 0.86))
-    axes.imshow(which, cmap=colours, vmin=0, vmax=3)
+    axes.imshow(which.numpy(), cmap=colours, vmin=0, vmax=3)
     axes.set_xticks(range(len(row)), labels, fontsize=11)
     axes.set_yticks(range(len(row)), labels, fontsize=11)
     axes.xaxis.tick_top()

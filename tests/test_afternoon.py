@@ -4,6 +4,7 @@ Commands, outputs, changes and checks are read out of the page. What a lesson pr
 page, and its numbers are computed once more here in plain Python.
 """
 
+import functools
 import math
 import re
 import shlex
@@ -83,17 +84,18 @@ def run(zygote, folder: Path, command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(course, zygote) -> dict[int, str]:
-    """What the command of each lesson prints."""
-    return {lesson.number: run(zygote, course, lesson.command).rstrip("\n") for lesson in LESSONS}
+def printed(course, zygote):
+    """printed(number): what the command of that lesson prints. Each runs once."""
+    return functools.cache(lambda number: run(zygote, course, LESSONS[number - 1].command).rstrip("\n"))
 
 
 @pytest.fixture(scope="module")
-def printed_after(course, zygote, tmp_path_factory) -> dict[int, str]:
-    """The same after the change of the exercise."""
-    outputs = {}
-    for lesson in LESSONS:
-        folder = tmp_path_factory.mktemp("exercise") / "clone"
+def printed_after(course, zygote, tmp_path_factory):
+    """printed_after(number): the same after the change of its exercise."""
+
+    @functools.cache
+    def output(number: int) -> str:
+        lesson, folder = LESSONS[number - 1], tmp_path_factory.mktemp("exercise") / "clone"
         shutil.copytree(course, folder, ignore=lambda path, names: {"runs", "__pycache__"})
         (folder / "runs").symlink_to(course / "runs")
         header, *lines = lesson.change.splitlines()
@@ -104,8 +106,9 @@ def printed_after(course, zygote, tmp_path_factory) -> dict[int, str]:
             assert text.count(old[1:] + "\n") == 1, f"{header} has no such line, or several: {old[1:]}"
             text = text.replace(old[1:] + "\n", new[1:] + "\n")
         file.write_text(text)
-        outputs[lesson.number] = run(zygote, folder, lesson.command)
-    return outputs
+        return run(zygote, folder, lesson.command)
+
+    return output
 
 
 NUMBER = r"-?\d+\.\d+"
@@ -130,19 +133,19 @@ def test_there_are_eight_lessons():
 def test_a_command_prints_what_the_page_shows(lesson, printed):
     if lesson.number == TRAINED:
         return  # see test_decoding_follows_the_rule, which reads the page's output too
-    assert same(printed[lesson.number], lesson.output, RELATIVE.get(lesson.number, 0))
+    assert same(printed(lesson.number), lesson.output, RELATIVE.get(lesson.number, 0))
 
 
 @each_lesson
 def test_an_exercise_has_the_effect_that_the_page_says(lesson, printed_after, printed):
-    after = printed_after[lesson.number].splitlines()
+    after = printed_after(lesson.number).splitlines()
     for line in lesson.check:
         if lesson.number == TRAINED:
             assert any(found.endswith(line) for found in after), after
             continue
         relative = RELATIVE.get(lesson.number, 0)
         assert any(same(found, line, relative) for found in after), f"{line!r} not in {after}"
-        assert not any(same(found, line, relative) for found in printed[lesson.number].splitlines())
+        assert not any(same(found, line, relative) for found in printed(lesson.number).splitlines())
 
 
 def test_headings_that_the_page_links_to_are_there_and_pictures_too():
@@ -160,7 +163,7 @@ def test_headings_that_the_page_links_to_are_there_and_pictures_too():
 
 def test_masks(printed):
     """Six clean tokens in blocks of 2, and a view of the last block."""
-    rows = [line.split("  block")[0].split()[1:] for line in printed[1].splitlines()[1:9]]
+    rows = [line.split("  block")[0].split()[1:] for line in printed(1).splitlines()[1:9]]
     for i, row in enumerate(rows):
         for j, mark in enumerate(row):
             block, other = (i if i < 6 else i - 2) // 2, (j if j < 6 else j - 2) // 2
@@ -175,7 +178,7 @@ def test_decoding_follows_the_rule(source, course, printed):
 
     And the engine decodes the same as the lesson's own loop.
     """
-    output = printed[2] if source == "now" else LESSONS[1].output
+    output = printed(2) if source == "now" else LESSONS[1].output
     *lines, _, text, last = output.splitlines()
     known, steps = {}, {}  # by position
     for number, line in enumerate(lines, start=1):
@@ -215,7 +218,7 @@ def test_decoding_follows_the_rule(source, course, printed):
 
 def test_noise(printed, printed_after):
     """Weights are 1/t of one t per draw; masks and prompt; the means are those of the theory."""
-    for line in printed[3].splitlines()[1:4]:
+    for line in printed(3).splitlines()[1:4]:
         views = re.findall(r"(\d): (.{4}) x(\d\.\d+)", line)
         assert views and len({weight for *_, weight in views}) == 1
         for block, shown, weight in views:
@@ -226,20 +229,20 @@ def test_noise(printed, printed_after):
     # Masked tokens / R, with t uniform on [0.02, 0.98]: mean E[t], variance E[t (1 - t)] / R + Var t.
     r, variance = 12, 0.96**2 / 12
     spread = math.sqrt((0.25 - variance) / r + variance)
-    scored, weighed = ([float(x) for x in line.split()[-2:]] for line in printed[3].splitlines()[-2:])
+    scored, weighed = ([float(x) for x in line.split()[-2:]] for line in printed(3).splitlines()[-2:])
     assert scored == pytest.approx([0.5, spread], abs=0.02)
     # Given t, the sum of weights / R has the mean 1 and the variance (1/t - 1) / R.
     assert weighed == pytest.approx([1, math.sqrt((math.log(49) / 0.96 - 1) / r)], abs=0.03)
     # Of a pair: (m / t + (R - m) / (1 - t)) / (2 R) with m masked in one copy, Var m = R t (1 - t).
     grid = [0.02 + 0.96 * (i + 0.5) / 10_000 for i in range(10_000)]
     of_pair = statistics.fmean((1 - 2 * t) ** 2 / (4 * r * t * (1 - t)) for t in grid)
-    paired = [float(x) for x in printed_after[3].splitlines()[-1].split()[-2:]]
+    paired = [float(x) for x in printed_after(3).splitlines()[-1].split()[-2:]]
     assert paired == pytest.approx([1, math.sqrt(of_pair)], abs=0.03)
 
 
 def test_replay(printed):
     """From the printed views alone: what each knows is what views before it revealed; and how many tokens."""
-    lines = printed[4].splitlines()
+    lines = printed(4).splitlines()
     clean = {}
     for line in lines[:4]:
         _, _, block, *ids = line.split()
@@ -281,7 +284,7 @@ def test_holds(tau, printed, printed_after):
             key = (left + token, "1 2") if from_left else (token + right, "2 1")
             before = wanted.get(key, [0.0])[0]
             wanted[key] = [before + p * q * chance, (p if from_left else q) * chance, held]
-    lines = (printed if tau == 0.6 else printed_after)[5].splitlines()
+    lines = (printed if tau == 0.6 else printed_after)(5).splitlines()
     found = {}
     for line in lines[1:-1]:
         tokens, s1, s2, *numbers = line.split()
@@ -295,7 +298,7 @@ def test_holds(tau, printed, printed_after):
 
 
 def test_groups(printed, printed_after):
-    for output, with_speed in ((printed[6], False), (printed_after[6], True)):
+    for output, with_speed in ((printed(6), False), (printed_after(6), True)):
         for group in output.split("\n\n")[0].split("?  ")[1:]:
             found = re.findall(r"answer (\d+) +TPF (.*?) +reward (.*?) +advantage (\S+)", group)
             assert len(found) == 4
@@ -316,7 +319,7 @@ def test_groups(printed, printed_after):
 @pytest.mark.parametrize(("rate", "sampled"), [(1.0, (0.5, 0.3, 0.2)), (0.25, (0.625, 0.375, 0))])
 def test_step_by_hand(rate, sampled, printed, printed_after):
     """Two updates with clipping, and the push of a constant reward, on paper."""
-    output = (printed if rate == 1 else printed_after)[7]
+    output = (printed if rate == 1 else printed_after)(7)
     draws, policy = [0, 1, 1, 2], [0.5, 0.3, 0.2]
     rewards = [0, 1, 1, 0]
     advantages = [(r - 0.5) / 0.5 for r in rewards]
@@ -352,7 +355,7 @@ def test_step_by_hand(rate, sampled, printed, printed_after):
 
 
 def test_speed(printed, printed_after):
-    for output, shares in ((printed[8], (0.5, 0.7, 0.95)), (printed_after[8], (0.5, 0.7, 0.99))):
+    for output, shares in ((printed(8), (0.5, 0.7, 0.95)), (printed_after(8), (0.5, 0.7, 0.99))):
         lines = output.splitlines()
         for share, line in zip(shares, lines[1:4], strict=True):
             found = re.findall(r"([\d.]+) %  TPF ([\d.]+)", line)
