@@ -843,7 +843,7 @@ function replay(r) {
     if (isNumber(r.shown) && i >= r.shown) inspect.append(el("div", {}, "After the stop token: part of the trajectory, not of the text that a user sees."));
     if (!p.earlier.length) inspect.append(el("div", {}, "Revealed at the first step of its block, never held."));
     else if (!p.holds.length || !isNumber(p.holds[0].held)) inspect.append(el("div", {}, `Held at ${plural(p.earlier.length, "earlier step")} of its block; how surely is recorded with likelihood=exact.`));
-    else inspect.append(...p.holds.map((h) => el("div", {}, `Held at step ${steps.indexOf(h.step) + 1}: `, fact("a draw was held if its p was below", chance(h.bound)), ", ", fact("which had the probability", chance(h.held)), h.held === 0 ? " (certain)" : "")));
+    else inspect.append(...p.holds.map((h) => el("div", {}, `Held at step ${steps.indexOf(h.step) + 1}: `, isNumber(h.bound) ? fact("a draw was held if its p was below", chance(h.bound)) : "any draw was held", ", ", fact("which had the probability", chance(h.held)))));
   }
   const index = (event) => { const t = event.target.closest("[data-i]"); return t && stream.contains(t) ? Number(t.dataset.i) : null; };
   stream.addEventListener("pointerover", (event) => { const i = index(event); if (i !== null && pinned === null) describe(i); });

@@ -58,7 +58,7 @@ Record = dict[str, Any]
 # --------------------------------------------------------------------------- what files hold
 
 
-@dataclass
+@dataclass(slots=True)
 class Line:
     """Where a record stands, so that it can be read again."""
 
@@ -157,7 +157,7 @@ def numbers(values: Any, digits: int) -> list[float | None]:
     if not isinstance(values, list):
         return []
     found = (None if number(value) is None else round(value, digits) for value in values)
-    return [value and value for value in found]  # -0.0 is 0.0
+    return [0 if value == 0 else value for value in found]  # not -0.0
 
 
 # ---------------------------------------------------------------------------- trajectories
@@ -210,6 +210,7 @@ def trajectory(record: Record, words: Words, block_size: int) -> Record | None:
     if len(steps) > LONGEST:
         return None
 
+    # Everything of the kind that the viewer expects, whatever the file says.
     found = {
         "question": clipped(record.get("question")),
         "gold": clipped(record.get("gold")),
@@ -539,7 +540,7 @@ def read_responses(
             answer = text(record["answer"], "answer")
             if answer not in of.answers:
                 of.answers.append(answer)
-        votes[index].append(None if found & 2 or answer is None else record["answer"])
+        votes[index].append(None if found & 2 or answer is None else record["answer"][:1000])
         place = -1 if answer is None else of.answers.index(answer)
         of.samples.append([place, found, length, round(speed, 2), line.key])
         of.lines.append(line)
