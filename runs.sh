@@ -28,7 +28,8 @@ usage() {
 
 SIZE=${1:-} OUT=${OUT:-runs/${1:-}} DRY=${DRY:-}
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} MASTER=${MASTER:-}
-if [ "${2:-}" = --dry ]; then DRY=1; elif [ $# -gt 1 ]; then usage; fi
+[ $# -lt 3 ] && [ "${2:---dry}" = --dry ] || usage
+[ $# -lt 2 ] || DRY=1
 case $SIZE in
     1.7B)  # one GPU, so a smaller RL set and three of the five benchmarks
         GPUS=${GPUS:-1} DATA=${DATA:-data/hub}
@@ -87,31 +88,28 @@ stopped() {
     exit "$1"
 }
 
-# stage NAME SCRIPT FIELDS: run it in OUT/NAME, on all GPUs of all machines, unless it is finished.
-PORT=${MASTER##*:}
+# stage NAME SCRIPT FIELDS: run it in OUT/NAME, on all GPUs of all machines, unless the plan found it finished.
+# torch.distributed.run is torchrun, of this Python.
+PORT=${MASTER##*:} PLAN=
 stage() {
-    local out=$OUT/$1 code=0 start=(python)
+    local name=$1 start=(python)
     if [ "$NNODES" -gt 1 ]; then
         # A port for each stage: a machine that is ahead does not meet what the last stage left at the old one.
-        start=(torchrun --nnodes "$NNODES" --nproc_per_node "$GPUS" --rdzv_backend c10d --rdzv_id "$1"
+        start+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$GPUS" --rdzv_backend c10d --rdzv_id "$name"
             --rdzv_endpoint "${MASTER%:*}:$((PORT++))" --rdzv_conf "read_timeout=600,join_timeout=600")
     elif [ "$GPUS" -gt 1 ]; then
-        start=(torchrun --standalone --nproc_per_node "$GPUS")
+        start+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
     fi
     shift
-    if [ ! "$DRY" ] && [ -e "$out" ]; then
-        python benchmarks/node.py finished "$@" "out=$out" || code=$?  # says so in a line
-        [ $code -ne 0 ] || return 0
-        [ $code -eq 3 ] || stopped $code
-    fi
-    run "${start[@]}" "$@" "out=$out"
+    grep "^skipped: $name " <<<"$PLAN" || run "${start[@]}" "$@" "out=$OUT/$name"
 }
 
 # ------------------------------------------------------------------------------------ the plan, and the machine
 
 if [ ! "$DRY" ]; then
-    DRY=1 bash runs.sh "$SIZE" | python benchmarks/node.py plan \
-        --size "$SIZE" --gpus "$GPUS" --nodes "$NNODES" --master "$MASTER" --out "$OUT" --data "$DATA" || exit
+    PLAN=$(DRY=1 bash runs.sh "$SIZE" | python benchmarks/node.py --size "$SIZE" --gpus "$GPUS" --nodes "$NNODES" \
+        --master "$MASTER" --out "$OUT" --data "$DATA") || { code=$? && echo "$PLAN" && exit $code; }
+    grep -v "^skipped: " <<<"$PLAN"
 fi
 
 # ------------------------------------------------------------------------------------------------ 1. download
@@ -126,7 +124,7 @@ elif [ "$DRY" ] || [ ! -e "$OUT/downloaded" ]; then
     run python data/tiny.py --out "$DATA" --sft 64 --rl 64 --validation 8 --test 8
     run python -c "import model; from plumbing.checkpoint import tiny; tiny('$BASE')"
 else
-    echo "data and model: skipped, they are in $OUT"
+    echo "skipped: data and model (they are in $OUT)"
 fi
 [ "$DRY" ] || { mkdir -p "$OUT" && touch "$OUT/downloaded"; }
 

@@ -1,18 +1,18 @@
 """The plan of runs.sh, what of the machine would stop it, and which of its stages are finished.
 
-    DRY=1 bash runs.sh 8B | python benchmarks/node.py plan --size 8B --gpus 8 --out runs/8B --data data/hub
-    python benchmarks/node.py finished sft.py --config configs/sdar_8b_sft.yaml out=runs/8B/sft ...
+    DRY=1 bash runs.sh 8B | python benchmarks/node.py --size 8B --gpus 8 --out runs/8B --data data/hub
 
-`plan` reads the commands themselves, so it cannot say anything else than what they do. Memory is that of
+It reads the commands themselves, so it cannot say anything else than what they do. Memory is that of
 plumbing/gpu.py. Times are arithmetic over the assumptions below, marked as predicted, until metrics.jsonl or
-summary.json of a stage say how long it took here. Problems of the machine go to standard error, one line
-each, with exit code 2. `finished` prints what is skipped; with exit code 3 there is something to do.
+summary.json of a stage say how long it took here. Then a line `skipped: STAGE (why)` for each that is
+finished, which runs.sh obeys. Problems of the machine go to standard error, one line each, with exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -37,7 +37,7 @@ import torch
 from packaging.requirements import Requirement
 
 from dipo import DiPOConfig
-from evaluate import PROTOCOLS, EvalConfig
+from evaluate import PROTOCOLS, EvalConfig, benchmark_files
 from plumbing import identity
 from plumbing.checkpoint import tiny
 from plumbing.common import ROOT, InputError, checkpoints, read_records, run_script, tell
@@ -45,10 +45,10 @@ from plumbing.config import Parser, load_config
 from plumbing.gpu import CONTEXT, GIB, parameters, plan, problem
 from plumbing.kept import read_settings
 from plumbing.lmdeploy_engine import lmdeploy_problem
+from reward import read_questions
 from sft import SFTConfig
 
 SCRIPTS = {"sft.py": SFTConfig, "dipo.py": DiPOConfig, "evaluate.py": EvalConfig}
-TO_DO = 3  # exit code of `finished`
 
 # ------------------------------------------------------------- what is assumed, none of it measured here
 
@@ -88,6 +88,7 @@ SIZES = {
 class Stage:
     """A command of runs.sh that runs one of the three scripts."""
 
+    words: list[str]
     script: str
     arguments: list[str]
     config: Any
@@ -120,7 +121,7 @@ def read_stage(words: list[str], planned: bool = True) -> Stage | None:
     elif planned:
         config_class = memory.STAGES[script.removesuffix(".py")]
     config = load_config(config_class, arguments, PROTOCOLS if script == "evaluate.py" else None)
-    return Stage(script, arguments, config, Path(config.out))
+    return Stage(words, script, arguments, config, Path(config.out))
 
 
 # -------------------------------------------------------------------------------- memory, time, disk
@@ -292,9 +293,7 @@ def gpu_problems(gpus: list[Gpu], wanted: int, cuda: str | None = torch.version.
         cuda: the version that torch was built for; None: for CPUs.
     """
     if not gpus:
-        why = (
-            f"its build is for CUDA {cuda}: nvidia-smi shows GPUs and driver" if cuda else "a build for CPUs"
-        )
+        why = f"built for CUDA {cuda}; nvidia-smi shows GPUs and driver" if cuda else "built for CPUs"
         yield f"torch {torch.__version__} sees no GPU ({why})"
         return
     if len(gpus) < wanted:
@@ -318,10 +317,6 @@ def launch_problems(gpus: int, nodes: int, master: str) -> Iterator[str]:
         yield f"environment variable MASTER: {master!r}, expected HOST:PORT of machine 0, as in node0:29500"
     if gpus * nodes == 1:
         return
-    torchrun = shutil.which("torchrun")
-    if not torchrun or Path(torchrun).parent != Path(sys.executable).parent:
-        found = torchrun or "missing"
-        yield f"torchrun is {found}, expected beside {sys.executable}: activate its environment"
     room = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").exists() else 0
     if torch.cuda.is_available() and room < GIB:
         yield f"/dev/shm has {room / GIB:.2f} GiB, which NCCL needs: docker run --shm-size 16g"
@@ -395,6 +390,10 @@ def print_plan(options: argparse.Namespace, commands: list[list[str]]) -> None:
     if problems:
         sys.exit(2)
 
+    # What is finished, for runs.sh too.
+    for name, reason in to_skip(stages).items():
+        print(f"skipped: {name} ({reason})")
+
 
 def show_plan(
     options: argparse.Namespace,
@@ -450,6 +449,9 @@ def finished(stage: Stage) -> str:
     """Why a stage need not run, in a line; empty: it has to.
 
     One that was finished with other settings has to run: it then says itself what differs.
+
+    Args:
+        stage: read with planned=False.
     """
     if stage.script == "evaluate.py":
         return finished_evaluation(stage)
@@ -461,42 +463,47 @@ def finished(stage: Stage) -> str:
     now = identity.identity(stage.config, before)
     if identity.differences(before, now, type(stage.config)):
         return ""
-    return f"skipped, {stage.out} is at step {step} of {stage.config.steps}"
+    return f"{stage.out} is at step {step} of {stage.config.steps}"
 
 
 def finished_evaluation(stage: Stage) -> str:
-    """`finished` of evaluate.py: the same settings, of the same weights, have a summary."""
-    summary, model = stage.out / "summary.json", Path(stage.config.model).resolve()
+    """`finished` of evaluate.py: the same settings, weights and questions have a summary."""
+    config, summary, model = stage.config, stage.out / "summary.json", Path(stage.config.model).resolve()
     if not summary.exists():
         return ""
-    before = read_settings(stage.out / "config.json")
-    now = dataclasses.asdict(stage.config) | {"model": str(model)}
+    now = dataclasses.asdict(config) | {"model": str(model), "questions": {}}
     files = sorted(model.glob("model*.safetensors"))
     now["weights"] = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    compared = [name for name in now if name not in ("out", "max_batch", "cache_gib")]
-    if any(before.get(name) != now[name] for name in compared):
-        return ""
-    return f"skipped, {summary} is there"
+    for name, path in benchmark_files(config.data).items():
+        questions = read_questions(str(path))[: config.limit or None]
+        text = json.dumps([(q.text, q.gold, q.tolerance) for q in questions])
+        now["questions"][name] = hashlib.sha256(text.encode()).hexdigest()
+    before = read_settings(stage.out / "config.json")
+    compared = now.keys() - {"out", "max_batch", "cache_gib"}
+    return f"{summary} is there" if all(before.get(name) == now[name] for name in compared) else ""
 
 
-def tell_finished(words: list[str]) -> None:
-    """Say what is skipped; exit code TO_DO if there is something to do."""
-    stage = read_stage(words, planned=False)
-    if stage is None:
-        raise InputError(f"{shlex.join(words)}: expected a command of {', '.join(SCRIPTS)}")
-    reason = finished(stage)
-    if not reason:
-        sys.exit(TO_DO)
-    print(f"{stage.out.name}: {reason}", flush=True)
+def to_skip(stages: list[Stage]) -> dict[str, str]:
+    """The stages that need not run, by name, and why.
+
+    None of those after a training stage that has to run: they are about the model that it makes.
+    """
+    reasons: dict[str, str] = {}
+    for stage in stages:
+        try:
+            reason = finished(read_stage(stage.words, planned=False)) if stage.out.exists() else ""
+        except InputError:  # such as data that is gone, which may be fetched again
+            reason = ""
+        if reason:
+            reasons[stage.out.name] = reason
+        elif stage.script != "evaluate.py":
+            break
+    return reasons
 
 
 def main() -> None:
-    """`plan` or `finished`."""
-    if sys.argv[1:2] == ["finished"]:
-        tell_finished(sys.argv[2:])
-        return
+    """The plan of the commands on standard input."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["plan", "finished"])
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--gpus", type=positive, required=True, help="of this machine")
     parser.add_argument("--nodes", type=positive, default=1, help="machines")
@@ -504,7 +511,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--data", required=True)
     options = parser.parse_args()
-    print_plan(options, [shlex.split(line) for line in sys.stdin])
+    print_plan(options, [shlex.split(line, comments=False)[1:] for line in sys.stdin])
 
 
 def positive(text: str) -> int:
