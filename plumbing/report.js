@@ -874,6 +874,7 @@ function legend(r, all, deepest, sure) {
   item("m", "");
   box.append("mask");
   if (all.some((p) => p.turn)) item("held", "held before");
+  if (isNumber(r.shown) && r.shown < all.length) item("after", "after the stop token");
   box.append(el("span", {}, `${plural(all.length, "token")} in blocks of ${r.block}; point at one. Keys: ← → steps, space plays, j k next and previous.`));
   return box;
 }

@@ -94,7 +94,7 @@ def read_lines(file: Path, name: str, notes: list[str]) -> Iterator[tuple[Line, 
     with (
         open(file, "rb") as opened,
         progress(
-            total=file.stat().st_size, desc=f"read {file.name}", unit="B", unit_scale=True, leave=False
+            total=file.stat().st_size, desc=f"read {file.name}", unit="byte", unit_scale=True, leave=False
         ) as bar,
     ):
         for number, line in enumerate(opened, start=1):
@@ -244,7 +244,8 @@ def keep(page: Page, words: Words, most: int) -> dict[str, str]:
     What does not fit is left out and the next one tried, 50 times in a row at most.
     """
     kept, size, misses = {}, 0, 0
-    for line in progress(page.lines, desc="trajectories", unit="trajectory", leave=False):
+    bar = progress(total=most, desc="trajectories", unit="byte", unit_scale=True, leave=False)
+    for line in page.lines:
         found = None
         if line.size < 50 * most:
             with open(line.file, "rb") as opened:
@@ -257,10 +258,12 @@ def keep(page: Page, words: Words, most: int) -> dict[str, str]:
             if size + len(packed) + 100 <= most:
                 kept[line.key] = packed
                 size, misses = size + len(packed) + 100, 0
+                bar.update(len(packed) + 100)
                 continue
         misses += 1
         if misses == 50:
             break
+    bar.close()
     return kept
 
 
