@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from plumbing.card import BASE_CARD, OURS
 from plumbing.common import InputError, check_model, collecting, first_line, writing
 from plumbing.lora import base_parameters, delta_weight
 from plumbing.model_config import MODEL_TYPES, read_config_json
@@ -39,7 +41,7 @@ def find_folder(name: str | Path) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py"]
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.py", "README.md", "LICENSE*", "NOTICE*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub raises many kinds; for the user they are one
@@ -477,12 +479,16 @@ def read_copied(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint that the next one takes over byte for byte: all except weights and state.
 
     That is config.json, tokenizer, chat template, published modelling code; so no version of transformers
-    rewrites them.
+    rewrites them. Licences too; and its card, under another name, unless it is one of plumbing/card.py.
     """
     kept, ours = (".json", ".txt", ".jinja", ".py"), ("state.json",)
-    wanted = [f for f in folder.iterdir() if f.suffix in kept and "safetensors" not in f.name]
+    licence = re.compile(r"(LICEN[SC]E|NOTICE|COPYING)\b.*|" + re.escape(BASE_CARD), re.IGNORECASE)
+    wanted = [f for f in folder.iterdir() if f.suffix in kept or licence.fullmatch(f.name)]
+    wanted = [f for f in wanted if "safetensors" not in f.name]
     files = [f for f in wanted if f.is_file() and f.name not in ours]  # no folders, no links to nowhere
-    return {file.name: file.read_bytes() for file in files}
+    copied = {file.name: file.read_bytes() for file in files}
+    card = (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else b""
+    return copied | ({BASE_CARD: card} if card and OURS.encode() not in card else {})
 
 
 def cut_into_files(

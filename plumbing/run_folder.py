@@ -6,7 +6,8 @@
     metrics.jsonl          a line per step
     rollouts.jsonl         some rollouts of each step (dipo.py)
     tensorboard            with log_to=tensorboard: the metrics again
-    checkpoints/step-N     a Hugging Face folder, with the optimizer's state and the counters beside it
+    checkpoints/step-N     a Hugging Face folder, with the optimizer's state and the counters beside it, and
+                           a card (README.md) that says what it is
     latest                 a link to the newest complete one
     report.html            all of it to look at (plumbing/report.py)
 
@@ -30,6 +31,7 @@ from typing import IO, Any
 import torch
 from omegaconf import OmegaConf
 
+from plumbing.card import Card
 from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny, write_tensors
 from plumbing.common import InputError, checkpoints, collecting, lock, tell, write_json, writing
 from plumbing.config import TrainConfig
@@ -78,6 +80,7 @@ class RunFolder:
         self._watch = Watch(config, self.path, self.step, self.rank)
         copied = read_copied(self.weights)  # now, since the folder may go away
         self._copied = with_block_size(copied, config.block_size, self.base)
+        self._card = Card(config, self._identity, self.initial, self._checkpoint)
         self._next_report = 0.0  # when it is worth the time
         self._unwritten: dict[str, str] = {}  # by log: lines that wait for room on the disk
         self._unsaved = ""  # why the newest checkpoint is not in its place, and where it is
@@ -144,6 +147,7 @@ class RunFolder:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is no number is null there, and `skipped` says why."""
         self.append("metrics.jsonl", [{"step": step, **metrics}])
+        self._card.log(step, as_json(metrics))
         self._watch.log(step, metrics)
         self._write_report()
 
@@ -218,7 +222,8 @@ class RunFolder:
         if problem := first_problem(problems):
             return problem
         try:
-            problems = save(model, part, self._copied, self.rank, self.world)
+            copied = self._copied | {"README.md": self._card.text(step, self._copied)}
+            problems = save(model, part, copied, self.rank, self.world)
         except InputError:  # of a weight that is none, at the same one on every rank
             if self.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
@@ -235,7 +240,7 @@ class RunFolder:
             counters = {"step": step, "cursor": cursor, "seed": self.config.seed}
             try:
                 write_json(part / "state.json", counters | {"log_bytes": log_bytes})
-                for file in part.glob("*.json"):
+                for file in (*part.glob("*.json"), *part.glob("*.md")):
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
                 part.rename(folder)
