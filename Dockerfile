@@ -22,7 +22,7 @@ RUN python3 -m venv --system-site-packages /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 
 # What the repository needs, without its torch and its test packages; then LMDeploy, without what its metadata would
-# bring (README, Rollout engines): no ray, and no nvidia-nccl that overwrites torch's.
+# bring (docs/engines.md): no ray, and no nvidia-nccl that overwrites torch's.
 WORKDIR /nanodirl
 COPY requirements.txt requirements-lmdeploy.txt ./
 RUN python -c "import torch; print('torch==' + torch.__version__)" > /tmp/keep.txt \
