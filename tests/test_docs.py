@@ -57,6 +57,12 @@ def test_every_file_of_the_list_is_there(tracked):
     assert not missing, f"README.md names {sorted(missing)}"
 
 
+def test_the_list_of_the_cellar_is_whole(tracked):
+    listed = re.findall(r"`(\w+\.\w+)`", (ROOT / "plumbing/README.md").read_text(encoding="utf-8"))
+    files = {path.removeprefix("plumbing/") for path in tracked if path.startswith("plumbing/")}
+    assert sorted(set(listed) - {"test_house.py"}) == sorted(files - {"__init__.py", "README.md"})
+
+
 def test_every_test_that_the_readme_names_is_there():
     named = re.findall(r"`(tests/test_\w+\.py)::(\w+)`", README.read_text(encoding="utf-8"))
     assert len(named) >= 10
