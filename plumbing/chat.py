@@ -156,17 +156,17 @@ def chat(options: argparse.Namespace, answers: Answers, by_blocks: bool) -> None
     """Answer line after line of standard input, with the turns before, until it ends or says /quit."""
     sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is refused below
     history: list[dict[str, str]] = []
-    with tidy_terminal():
-        if sys.stdin.isatty():
-            print("Ask, or /help. /quit or Ctrl-D ends.")
-        while (line := next_line()) is not None and line != "/quit":
-            try:
-                if line.startswith("/"):
-                    print(obey(line, options, history, by_blocks), flush=True)
-                elif line:
-                    turn(line, options, history, answers)
-            except (InputError, argparse.ArgumentTypeError) as error:
-                tell(f"error: {error}")
+    edit_lines()
+    if sys.stdin.isatty():
+        print("Ask, or /help. /quit or Ctrl-D ends.")
+    while (line := next_line()) is not None and line != "/quit":
+        try:
+            if line.startswith("/"):
+                print(obey(line, options, history, by_blocks), flush=True)
+            elif line:
+                turn(line, options, history, answers)
+        except (InputError, argparse.ArgumentTypeError) as error:
+            tell(f"error: {error}")
 
 
 def next_line() -> str | None:
@@ -232,19 +232,10 @@ def obey(line: str, options: argparse.Namespace, history: list[dict[str, str]], 
     return name + (f", threshold {options.threshold}" if name == "dynamic" else "")
 
 
-@contextmanager
-def tidy_terminal() -> Iterator[None]:
-    """Edit lines with the cursor keys; leave the terminal as it was, also if a signal ends the process."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401, from now on input() edits lines
-    settings = termios.tcgetattr(sys.stdin)
-
-    def restore() -> None:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
-
-    AT_END.append(restore)
-    yield
-    AT_END.remove(restore)
+def edit_lines() -> None:
+    """Edit lines with the cursor keys; however the process ends, the terminal is then as it was."""
+    if sys.stdin.isatty():
+        settings = termios.tcgetattr(sys.stdin)
+        AT_END.append(lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, settings))
+        with suppress(ImportError):
+            import readline  # noqa: F401, from now on input() does so

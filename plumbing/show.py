@@ -76,7 +76,6 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
         while end < min(len(so_far), len(whole)) and so_far[end] == whole[end]:
             end += 1
         texts.append(whole[begin:end])
-    texts[-1] += whole[end:]
     return texts
 
 
@@ -288,7 +287,7 @@ def play(answer: Answer, pace: float) -> None:
         up = f"\r\033[{drawn - 1}A" if drawn > 1 else "\r"
         if before not in (None, size):
             up = "\033[H\033[2J"
-        frame = up + "".join(f"{line}\033[K\n" for line in lines)[:-1] + "\033[J"
+        frame = up + "".join(f"{line}\033[K\n" for line in lines)[:-1]
         sys.stdout.write(f"\033[?2026h\033[?7l{frame}\033[?7h\033[?2026l" + "\n" * ended)
         sys.stdout.flush()
         drawn, before = len(lines), size

@@ -286,6 +286,7 @@ def test_greedy_does_not_ask_for_the_seed_and_draws_do(engine, tokenizer, option
     assert text("--seed", "1") == text("--seed", "2")
     assert text("--temperature", "1", "--seed", "1") == text("--temperature", "1", "--seed", "1")
     assert text("--temperature", "1", "--seed", "1") != text("--temperature", "1", "--seed", "2")
+    assert text("--temperature", "1", "--seed", "1") != text("--temperature", "3", "--seed", "1")
 
 
 def test_static_is_a_token_per_step_in_blocks_of_any_size(tmp_path, options):
@@ -510,13 +511,16 @@ def test_ctrl_c_ends_a_chat_cleanly(tiny_folder):
 
 def test_the_picture_of_both_rules(tiny_folder, tmp_path, engine, tokenizer, options):
     file = tmp_path / "x.gif"
-    done = piped(tiny_folder, "3+8?", "--gif", str(file), "--max-tokens", "12", "--pace", "0.05")
+    done = piped(
+        tiny_folder, "3+8?", "--gif", str(file), "--max-tokens", "12", "--pace", "0.05", "--threshold", "0.2"
+    )
     assert done.returncode == 0, done.stderr
     answers = {}
     for rule in ("static", "dynamic"):
-        asked = options("q", "--max-tokens", "12")
+        asked = options("q", "--max-tokens", "12", "--threshold", "0.2")
         asked.rule = rule
         answers[rule] = rollout.answer(engine, tokenizer, "3+8?", [], asked)
+    assert answers["dynamic"].num_steps < answers["static"].num_steps
     steps = max(answer.num_steps for answer in answers.values())
     with Image.open(file) as opened:
         assert opened.n_frames == steps + 2 and opened.info["duration"] == 50
