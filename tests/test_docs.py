@@ -57,6 +57,38 @@ def test_every_file_of_the_list_is_there(tracked):
     assert not missing, f"README.md names {sorted(missing)}"
 
 
+# What makes a picture, and the test that runs that at small size.
+MADE_BY = {
+    "docs/denoising.gif": ("rollout.py", "test_chat.py::test_the_picture_of_both_rules"),
+    "docs/demo.png": ("benchmarks/demo.py", ".ci/run"),
+    "docs/rewards.png": ("docs/rewards.py", "test_docs.py::test_the_curves_of_the_rewards_are_plotted"),
+    "docs/speed.png": ("benchmarks/compare.py", "test_frontier.py::test_the_picture"),
+    "docs/sweep.png": ("evaluate.py", "test_evaluate.py::test_a_sweep_is_measured_and_plotted"),
+    "docs/method": ("docs/method.py", "test_method.py::test_the_pictures_in_git_are_those_that_are_drawn"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_picture_has_its_command_on_the_page_and_a_test_that_runs_it(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+\.(?:png|gif))\)", text) + re.findall(r'src="([^"]+)"', text):
+        picture = (page.parent / target).resolve().relative_to(ROOT)
+        made = picture.parent if picture.parent.name == "method" else picture
+        program, test = MADE_BY[made.as_posix()]
+        assert re.search(rf"`[^`]*\b{program}\b", text), f"{page.name}: nothing says how {picture} is made"
+        file, _, name = test.partition("::")
+        if name:
+            assert f"\ndef {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
+        else:
+            assert "make demo" in (ROOT / file).read_text(encoding="utf-8")
+
+
+def test_no_picture_lies_about(tracked):
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    unused = [path for path in tracked if path.endswith((".png", ".gif")) and Path(path).name not in shown]
+    assert not unused, f"no page shows {unused}"
+
+
 def test_the_list_of_the_cellar_is_whole(tracked):
     listed = re.findall(r"`(\w+\.\w+)`", (ROOT / "plumbing/README.md").read_text(encoding="utf-8"))
     files = {path.removeprefix("plumbing/") for path in tracked if path.startswith("plumbing/")}
