@@ -242,13 +242,15 @@ def test_lmdeploy_loads_with_these_packages(monkeypatch, tmp_path):
 
 
 def test_a_full_disk_is_told_before(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there/file").write_bytes(bytes(2**20))
-    assert not list(node.disk_problems([(tmp_path / "there", 2**20), (tmp_path / "not/yet", 2**20)]))
-    (line,) = node.disk_problems([(tmp_path / "there", free), (tmp_path / "not/yet", free)])
-    assert f"{tmp_path}/there and {tmp_path}/not/yet: " in line
-    assert f"expected {(2 * free - 2**20) / GIB:.1f}" in line, "one disk: both, less what is there already"
+    """What lies there already, here 10 GiB of a file with a hole, need not be written again."""
+    free, there, later = shutil.disk_usage(tmp_path).free, tmp_path / "there", tmp_path / "not/yet"
+    there.mkdir()
+    (there / "file").touch()
+    os.truncate(there / "file", 10 * GIB)
+    assert not list(node.disk_problems([(there, 10 * GIB), (later, 2**20)]))
+    (line,) = node.disk_problems([(there, free + 10 * GIB), (later, free)])
+    assert f"{there} and {later}: " in line
+    assert f"expected {2 * free / GIB:.1f}" in line, "one disk: both together"
 
 
 # ---------------------------------------------------------------------------------- what it predicts
@@ -298,8 +300,8 @@ def lines_of(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def killed(happened, **more: str) -> str:
-    """What a run printed that is killed, with all that it started, once something has happened."""
+def killed(happened, how: signal.Signals, **more: str) -> str:
+    """What a run printed that got a signal, as did all that it started, once something had happened."""
     log = Path(more["OUT"]).parent / "killed.log"
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -310,8 +312,8 @@ def killed(happened, **more: str) -> str:
     while not happened():
         assert process.poll() is None and time.monotonic() < late, log.read_text()
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, how)
+    assert process.wait(timeout=HANG_GUARD) == (130 if how == signal.SIGINT else -how)
     return log.read_text()
 
 
@@ -320,7 +322,7 @@ Finished = namedtuple("Finished", "out printed before")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Finished:
-    """The tiny run, killed in SFT, in DiPO and in the last evaluation, then to its end.
+    """The tiny run, killed in SFT, stopped as by Ctrl-C in DiPO, killed in an evaluation, then to its end.
 
     printed: of each of the four calls; before: lines of logs at the moment of each kill.
     """
@@ -328,13 +330,13 @@ def finished(tmp_path_factory) -> Finished:
     more = {"OUT": str(out), "EVAL": "limit=4 rules=[dynamic]"}
     responses = out / "eval_dipo/responses-test-dynamic.rank0.jsonl"
     moments = [
-        (out / "sft/metrics.jsonl", lambda: (out / "sft/checkpoints/step-000002").exists()),
-        (out / "dipo/metrics.jsonl", lambda: (out / "dipo/checkpoints/step-000001").exists()),
-        (responses, lambda: len(lines_of(responses)) >= 2),
+        (signal.SIGKILL, out / "sft/metrics.jsonl", (out / "sft/checkpoints/step-000002").exists),
+        (signal.SIGINT, out / "dipo/metrics.jsonl", (out / "dipo/checkpoints/step-000001").exists),
+        (signal.SIGKILL, responses, lambda: len(lines_of(responses)) >= 2),
     ]
     printed, before = [], []
-    for log, happened in moments:
-        printed.append(killed(happened, **more))
+    for how, log, happened in moments:
+        printed.append(killed(happened, how, **more))
         before.append(lines_of(log))
     done = runs("tiny", **more)
     assert done.returncode == 0, done.stderr
@@ -368,6 +370,7 @@ def test_every_call_says_what_it_skips(finished):
     assert skipped(to_the_end) == ["data", "eval_base", "sft", "eval_sft", "dipo"]
     assert f"skipped: sft ({finished.out}/sft is at step 6 of 6)" in in_evaluation.splitlines()
     assert to_the_end.splitlines()[-1].startswith("finished: ")
+    assert in_dipo.splitlines()[-1] == "stopped (exit code 130): the same command goes on from here"
 
 
 def test_a_second_call_skips_all_of_it_and_changes_nothing(finished):
