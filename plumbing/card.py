@@ -419,8 +419,10 @@ def usage(copied: dict[str, bytes], lora: bool = False, dtype: str = "") -> list
 
 
 DENSE = {"network": "Qwen3", "twin": "qwen3", "family": "sdar"}
-COPIED = """- `config.json` (a block_size is added if it has none), tokenizer, code, licences: of the checkpoint
-  that the run began with"""
+COPIED = (
+    "- `config.json` (with a block_size, if it had none), tokenizer, code, licences: of the checkpoint that "
+    "the run began with"
+)
 CLONE = """python rollout.py FOLDER 'What is 12 * 7?'      # a response, step by step
 python evaluate.py model=FOLDER data=math500 protocol=dirl
 python dipo.py model=FOLDER data=data/hub/bigmath_rl.jsonl
