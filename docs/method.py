@@ -34,7 +34,7 @@ from plumbing.common import run_script  # noqa: E402
 from plumbing.config import Parser, folder_name  # noqa: E402
 from rollout import Decoding, held_mass, reveal  # noqa: E402
 
-# As in the picture of masking.py: clean or known, a view's look at the clean copy, of the view itself, scored.
+# As in the picture of masking.py: clean or known, a view's look at the clean copy, of itself, scored.
 EMPTY, CLEAN, SEEN, VIEW, SCORED, DARK = "#f4f4f4", "#4878a8", "#8fbf7f", "#e08a3c", "#c03030", "#404040"
 WIDTH = 5.0  # inches; shown at 400 pixels, a point of a letter is 1.1 pixels
 STYLE = {

@@ -29,8 +29,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from plumbing.common import InputError, first_line, parse_json, printable, run_script, writing
 from plumbing.config import Parser, TrainConfig, as_typed
-from plumbing.kept import read_settings
 from plumbing.figures import BENCHMARKS
+from plumbing.kept import read_settings
 
 Facts = dict[str, Any]
 OURS = "<!-- card of a nanodirl checkpoint -->"

@@ -166,7 +166,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Command lines of all pages that start one of this repository's programs, each once, without comments."""
+    """Command lines of all pages that start one of this repository's programs, each once, uncommented."""
     lines = [line for block in blocks("") for line in block.splitlines()]
     starts = ("python ", "torchrun ", ".venv/bin/python ")
     found = []
