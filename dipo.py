@@ -30,13 +30,14 @@ divided by a standard deviation.
     python dipo.py model=runs/sft/latest data=data/generated/rl.jsonl       # one process, CPU
 
 Sources: DiRL (arXiv 2512.22234, eqs. 6 and 7), GRPO (2402.03300), DAPO (2503.14476), LightningRL
-(2603.13319) for normalising several rewards separately. Left out on purpose: a value network, a replay
-buffer, asynchronous rollouts; this is the synchronous loop that one can read.
+(2603.13319) for normalising several rewards separately, Kimi k1.5 (2501.12599) for partial rollouts, which
+go on in a later step. Left out on purpose: a value network, a replay buffer, rollouts while the trainer
+works; this is the synchronous loop that one can read.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 import reward
@@ -107,6 +108,10 @@ class DiPOConfig(TrainConfig):
     top_k: int = setting(0, "likewise; 0: off")
     top_p: float = setting(1.0, "likewise; 1: off", above=0, at_most=1)
     max_tokens: int = setting(64, "new tokens per rollout", above=0)
+    partial_tokens: int = setting(0, "of these per step; the next step goes on where one stopped; 0: off")
+    max_age: int = setting(
+        0, "groups with tokens from more updates ago are dropped, so long answers if it is small; 0: none"
+    )
 
     def check(self) -> None:
         """Check the names of the rewards and the data file; see TrainConfig."""
@@ -145,6 +150,7 @@ from plumbing.common import DataOrder, Stopwatch, progress
 from plumbing.gpu import check_memory, reshard, to_engine, to_trainer
 from plumbing.guard import Guard, noted, together
 from plumbing.lengths import fitting_questions
+from plumbing.open_groups import OpenGroup, count_unfinished, grow_older, more_questions, read_groups
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
 from reward import Graded, Question, grade, read_questions
@@ -294,42 +300,47 @@ def collect_groups(
     questions: list[Question],
     order: DataOrder,
     config: DiPOConfig,
+    open_groups: list[OpenGroup],
 ) -> tuple[list[Group], dict[str, float]]:
     """Ask questions until all ranks together have `config.groups` useful groups (DAPO), or long enough.
 
-    If a share u of the groups so far was useful, a round asks for 1 / u times as many as are missing.
+    Open groups go on in the first round, and again as long as there is no useful group. So each ends within
+    max_tokens / partial_tokens steps, which bounds their number.
 
     Args:
         policy: its weights go to an engine that had to be started again.
+        open_groups: this rank's from earlier steps; afterwards those for later ones.
 
     Returns:
         This rank's useful groups, and figures over *all* rollouts of all ranks, useful or not.
 
     Raises:
-        InputError: no useful group within config.max_rounds rounds.
+        InputError: no useful group within config.max_rounds rounds, and none is open.
     """
     rank, world = rank_and_world()
-    kept: list[Group] = []
-    sums: Counter[str] = Counter()  # over all ranks and rounds
-    for _ in range(config.max_rounds):
-        # How many more questions; one bad round must not ask for more than four times what is missing.
-        missing = config.groups - sums["useful"]
-        useful_share = max(sums["useful"], 1) / sums["groups"] if sums["groups"] else 1.0
-        asked = order.take(math.ceil(missing / max(useful_share, 0.25)))
+    kept, sums = [], Counter()  # of this rank; over all ranks and rounds
+    rounds = asked = 0
+    while True:
+        # How many more questions, at the share of useful groups so far.
+        more = more_questions(config.groups, asked, sums["groups"], sums["useful"])
+        new = order.take(more if rounds < config.max_rounds else 0)
+        if rounds and not new and (sums["useful"] or not count_unfinished(open_groups)):
+            break
+        rounds, asked = rounds + 1, asked + len(new)
 
-        # This rank's share of them. Groups whose rewards are all the same teach nothing.
-        groups = sample_groups(engine, policy, tokenizer, questions, asked[rank::world], config)
+        # This rank's share of them, and what goes on. Groups whose rewards are all the same teach nothing.
+        going, waiting = (open_groups[:], []) if rounds == 1 or not sums["useful"] else ([], open_groups[:])
+        groups = sample_groups(engine, policy, tokenizer, questions, new[rank::world], config, going)
+        open_groups[:] = waiting + going
         kept += [g for g in groups if g.useful]
         sums.update(sum_over_ranks(count_rollouts(groups)))  # a Counter adds
-        if sums["useful"] >= config.groups:
-            break
     if not sums["useful"]:
         raise InputError(
             f"{config.data}: no useful group among {sums['groups']:.0f} questions in {config.max_rounds} "
             "rounds: all rollouts of a question had the same reward or verdict (too easy, too hard, or "
             "max_tokens too small)"
         )
-    # Per rollout, where not said otherwise; response_tokens are those that the user sees.
+    # Per rollout that has ended, where not said otherwise; response_tokens are those that the user sees.
     return kept, {
         "reward": sums["reward"] / sums["rollouts"],
         "reward_kept": sums["useful_reward"] / (sums["useful"] * config.group_size),
@@ -338,7 +349,7 @@ def collect_groups(
         "response_tokens": sums["shown"] / sums["rollouts"],
         "truncation_rate": sums["truncated"] / sums["rollouts"],
         "groups_kept": int(sums["useful"]),
-        "groups_asked": int(sums["groups"]),
+        "groups_asked": asked,
         "kept_rate": sums["useful"] / sums["groups"],
         "rollout_tokens": int(sums["tokens"]),
     }
@@ -369,31 +380,47 @@ def sample_groups(
     questions: list[Question],
     asked: list[tuple[int, int]],
     config: DiPOConfig,
+    going: list[OpenGroup] | None = None,
 ) -> list[Group]:
-    """Roll out and grade G rollouts of each question that is asked: (running number, index)."""
+    """Roll out G rollouts of each question that is asked, (running number, index), and grade what has ended.
+
+    Args:
+        going: groups to go on with, before these; afterwards the groups that have not ended.
+    """
     # G requests per question, each with a seed: 23 bits of the run's, 40 of the rollout's running number.
-    prompts, seeds, repeated = [], [], []
-    for number, index in asked:
-        turn = config.prompt.replace("{question}", questions[index].text)
-        prompts += [encode_prompt(tokenizer, turn)] * config.group_size
-        first = ((config.seed % 2**23) << 40) + number * config.group_size
-        seeds += range(first, first + config.group_size)
-        repeated += [questions[index]] * config.group_size
+    going = [] if going is None else going
+    going += [OpenGroup(number, index, [None] * config.group_size) for number, index in asked]
+    places, prompts, seeds, begun = [], [], [], []
+    for group in going:
+        turn = config.prompt.replace("{question}", questions[group.index].text)
+        prompt = encode_prompt(tokenizer, turn)
+        first = ((config.seed % 2**23) << 40) + group.number * config.group_size
+        for i in group.unfinished:
+            places.append((group, i))
+            prompts.append(prompt)
+            seeds.append(first + i)
+            begun.append(group.rollouts[i])
 
     # This rank's engine generates them.
     how = Decoding.from_config(config, holds=config.likelihood == "exact")
     quiet = rank_and_world()[0] > 0
     with progress(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
         rollouts = generate_all(
-            engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy)
+            engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy), begun
         )
+    for (group, i), rollout in zip(places, rollouts, strict=True):
+        group.rollouts[i] = rollout
 
-    # Grade them, and cut the list into groups.
+    # Grade the groups that have ended.
+    ended = [group for group in going if not group.unfinished]
+    going[:] = [group for group in going if group.unfinished]
+    rollouts = [rollout for group in ended for rollout in group.rollouts]
+    repeated = [questions[group.index] for group in ended for _ in group.rollouts]
     groups = []
     with together():
         graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
-        for (number, _), first in zip(asked, range(0, len(graded), config.group_size), strict=True):
-            groups.append(make_group(number, graded[first : first + config.group_size], config))
+        for group, first in zip(ended, range(0, len(graded), config.group_size), strict=True):
+            groups.append(make_group(group.number, graded[first : first + config.group_size], config))
     return groups
 
 
@@ -486,9 +513,10 @@ def engine_gap(trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor) 
 def correction_weights(
     trainer: torch.Tensor, engine: torch.Tensor, held: torch.Tensor, config: DiPOConfig
 ) -> torch.Tensor:
-    """Constant weights [M] of the actions, by the ratio rho = pi / mu of each: trainer's policy, engine's.
+    """Constant weights [M] of the actions, by the ratio rho = pi / mu of trainer and engine for each.
 
-    The engine draws from mu, its own rounding of pi. By config.correction an action weighs
+    The engine drew from mu, its own rounding of the trainer's policy pi, both as they were before the first
+    update. By config.correction an action weighs
 
         none        1 if it is a reveal, min(rho, 1) if a hold
         truncate    min(rho, correction_high)             truncated importance sampling (Yao et al. 2025)
@@ -507,9 +535,6 @@ def correction_weights(
     positions are in another order for the trainer, the mass below the bound falls from nearly 1 to nearly 0
     at once, and the gradient of a log near 0 is as large as that of all reveals of the block. So even `none`
     truncates the ratio of holds, at 1 (Ionides 2008); a reveal's differs by the rounding only.
-
-    Args:
-        trainer, engine: [M] log-probabilities before the first update.
     """
     ratio = (trainer - engine).exp()
     if config.correction == "none":
@@ -519,16 +544,11 @@ def correction_weights(
     return torch.where((ratio >= config.correction_low) & (ratio <= config.correction_high), ratio, 0.0)
 
 
-def correction_sums(
-    trainer: torch.Tensor, engine: torch.Tensor, weights: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Sums over actions for the metrics of config.correction, given its weights [M]."""
-    ratio = (trainer - engine).exp()
-    return {
-        "ratio": ratio.sum(),
-        "ratio_squared": ratio.square().sum(),
-        "corrected": (weights != ratio).sum(),
-    }
+def correction_sums(old: torch.Tensor, engine: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sums over actions for the metrics of config.correction, given the weight of each [M]."""
+    ratio = (old - engine).exp()
+    sums = {"ratios": len(ratio), "ratio": ratio.sum(), "ratio_squared": ratio.square().sum()}
+    return sums | {"corrected": (weight != ratio).sum()}
 
 
 # ------------------------------------------------------------------------------ training
@@ -637,6 +657,7 @@ def score_rows(
 
     The old ones are the trainer's own (not the engine's, which rounds otherwise), taken before the first
     update. With one update per batch the policy is still that one: ratios are 1, and no extra pass is made.
+    Tokens of earlier steps have the engine's, since no trainer has their weights any more.
     """
     how, rows = policy_sampling(config), []
     for packed in packs:
@@ -654,8 +675,8 @@ def accumulate_gradients(
 
     Returns:
         For every row of this rank, sums over its actions: those of dipo_loss, loss, entropy, actions, holds;
-        with the first update, before the policy moves, also train_tokens and those of engine_gap and
-        correction_sums.
+        with the first update, before the policy moves, also train_tokens, ages (of reveals), and those of
+        engine_gap and correction_sums for what this step's weights drew.
     """
     (rank, world), how, stats = rank_and_world(), policy_sampling(config), []
     bar = progress(desc="train", total=len(rows), unit="row", leave=False, disable=rank > 0)
@@ -665,6 +686,8 @@ def accumulate_gradients(
         scores = policy.score(packed, how)
         now, held = scores.logprobs.detach(), packed.targets == HOLD
         old = now if row.old_logprobs is None else row.old_logprobs
+        fresh = packed.ages == 0  # from this step's weights; those of older tokens are gone: see score_rows
+        old = torch.where(fresh, old, packed.engine_logprobs)
         correction = correction_weights(old, packed.engine_logprobs, held, config)
         weights = packed.weights * correction
         loss, sums = dipo_loss(
@@ -676,8 +699,9 @@ def accumulate_gradients(
         sums |= {"loss": loss.detach(), "entropy": scores.entropy.sum()}
         sums |= {"actions": len(packed.scored), "holds": held.sum()}
         if first_update:
-            sums |= {"train_tokens": len(packed)} | engine_gap(now, packed.engine_logprobs, held)
-            sums |= correction_sums(old, packed.engine_logprobs, correction)
+            sums |= {"train_tokens": len(packed), "ages": packed.ages[~held].sum()}
+            sums |= engine_gap(now[fresh], packed.engine_logprobs[fresh], held[fresh])
+            sums |= correction_sums(old[fresh], packed.engine_logprobs[fresh], correction[fresh])
         stats.append({name: float(value) for name, value in sums.items()})
         noted(stats[-1]["loss"], f"loss of row {len(stats)} of {len(rows)} on rank {rank}")
         bar.update()
@@ -708,13 +732,13 @@ def training_metrics(stats: list[dict[str, float]], config: DiPOConfig) -> dict[
         "gap_holds": sums["gap_holds"] / max(sums["holds"], 1),
         "train_tokens": int(sums["train_tokens"]),
     }
-    if "kl" in sums:
-        metrics["kl"] = sums["kl"] / sums["actions"]
+    metrics |= {"kl": sums["kl"] / sums["actions"]} if "kl" in sums else {}
     if config.correction != "none":  # mean ratio, effective sample size as a share, share out of bounds
-        first = sums["actions"] / config.updates
-        metrics["correction_ratio"] = sums["ratio"] / first
-        metrics["correction_ess"] = sums["ratio"] ** 2 / (first * sums["ratio_squared"])
-        metrics["correction_share"] = sums["corrected"] / first
+        metrics["correction_ratio"] = sums["ratio"] / sums["ratios"]
+        metrics["correction_ess"] = sums["ratio"] ** 2 / (sums["ratios"] * sums["ratio_squared"])
+        metrics["correction_share"] = sums["corrected"] / sums["ratios"]
+    if config.partial_tokens:
+        metrics["age"] = sums["ages"] * config.updates / (sums["actions"] - sums["holds"])
     return metrics
 
 
@@ -760,15 +784,18 @@ def main(config: DiPOConfig) -> None:
         eval_questions = read_questions(config.eval_data)[: config.eval_limit or None]
         eval_questions = fitting_questions(eval_questions, tokenizer, engine, config, config.eval_max_tokens)
 
+    open_groups = read_groups(folder.unfinished(), Rollout)
     bar = progress(total=config.steps, initial=folder.step, desc="dipo", unit="step", disable=rank > 0)
     for step in range(folder.step + 1, config.steps + 1):
         # Roll out and grade, until enough groups have a spread of rewards; their advantages come with them.
         watch = Stopwatch()
         with watch("rollout"):
             try:
-                groups, metrics = collect_groups(engine, policy, tokenizer, questions, order, config)
-            except InputError:
-                folder.save(step - 1, order.cursor, policy, optimizer)  # the last step that was done
+                groups, metrics = collect_groups(
+                    engine, policy, tokenizer, questions, order, config, open_groups
+                )
+            except InputError:  # the last step that was done
+                folder.save(step - 1, order.cursor, policy, optimizer, map(asdict, open_groups))
                 raise
 
         with watch("train"):
@@ -797,6 +824,8 @@ def main(config: DiPOConfig) -> None:
                     set_lr(optimizer, metrics["lr"])
                     optimizer.step()
                 optimizer.zero_grad()
+            if config.partial_tokens:
+                metrics |= grow_older(open_groups, config.updates, config.max_age)
 
         # The trainer gives back all but weights and moments; the engine gets the new weights, in place.
         with watch("update_weights"):
@@ -813,7 +842,7 @@ def main(config: DiPOConfig) -> None:
         bar.set_postfix(accuracy=f"{metrics['accuracy']:.3f}", tpf=f"{metrics['tpf']:.2f}")
         bar.update()
         if due(config.save_every, step, config.steps) or step == config.steps:
-            folder.save(step, order.cursor, policy, optimizer)
+            folder.save(step, order.cursor, policy, optimizer, map(asdict, open_groups))
     bar.close()
     engine.close()
     folder.close()

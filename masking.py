@@ -72,6 +72,7 @@ class Packed:
     advantages: torch.Tensor  # [M] advantage of the action (DiPO)
     source: torch.Tensor  # [M] index of the sequence in the list given to `pack`
     engine_logprobs: torch.Tensor  # [M] of the action by the rollout engine; nan: it recorded none
+    ages: torch.Tensor  # [M] of the action's policy, in updates: 0, or more where a rollout spans steps
     block_size: int
 
     def to(self, device: torch.device | str) -> Packed:
@@ -166,11 +167,12 @@ class Views:
     block: np.ndarray  # [K] which block each view shows, ascending
     masked: np.ndarray  # [K, B] whether the view does not know the token
     is_scored: np.ndarray  # [K, B] whether an action there is scored
-    targets: np.ndarray  # [K, B] as in Packed, and so the next four
+    targets: np.ndarray  # [K, B] as in Packed, and so the next five
     bounds: np.ndarray  # [K, B]
     weights: np.ndarray  # [K, B]
     advantages: np.ndarray  # [K, B]
     engine_logprobs: np.ndarray  # [K, B]
+    ages: np.ndarray  # [K, B]
 
     @property
     def num_tokens(self) -> int:
@@ -232,7 +234,7 @@ def _lay_out(sequences: list[tuple[int, Views]], block_size: int, mask_id: int) 
         where = np.flatnonzero(views.is_scored)
         parts["scored"].append(offset + original.size + where)
         parts["source"].append(np.full(where.size, in_list))
-        for name in ("targets", "bounds", "weights", "advantages", "engine_logprobs"):
+        for name in ("targets", "bounds", "weights", "advantages", "engine_logprobs", "ages"):
             parts[name].append(getattr(views, name).ravel()[where])
         offset += positions.size
         views_so_far += len(views.block)
@@ -262,6 +264,8 @@ class Trajectory:
     # its draw was held, and the engine's log-probability of that. Recorded for the exact likelihood only.
     hold_bounds: list[list[float]] = field(default_factory=list, kw_only=True)
     hold_logprobs: list[list[float]] = field(default_factory=list, kw_only=True)
+    # Of each token: how many updates the policy has made since it was drawn. Empty: none.
+    ages: list[int] = field(default_factory=list, kw_only=True)
 
 
 def replay(
@@ -291,8 +295,8 @@ def replay(
         raise ValueError(f"a trajectory of {ids.size} tokens is not whole blocks of {block_size}")
 
     # The record by position; the prompt was revealed at step 0, before everything.
-    steps, (logprobs, advantages) = np.zeros(ids.size, int), np.zeros((2, ids.size))
-    steps[prompt:] = trajectory.steps
+    (steps, ages), (logprobs, advantages) = np.zeros((2, ids.size), int), np.zeros((2, ids.size))
+    steps[prompt:], ages[prompt:] = trajectory.steps, trajectory.ages or 0
     logprobs[prompt:] = trajectory.logprobs
     advantages[prompt:] = advantage
 
@@ -322,6 +326,7 @@ def replay(
         weights=np.full(at.shape, weight),
         advantages=advantages[at],
         engine_logprobs=engine_logprobs,
+        ages=ages[at],
     )
 
 
@@ -425,6 +430,7 @@ def _given_text(tokens: np.ndarray, block: np.ndarray, masked: np.ndarray, weigh
         weights=weights,
         advantages=np.zeros(masked.shape),
         engine_logprobs=np.full(masked.shape, np.nan),
+        ages=np.zeros(masked.shape, int),
     )
 
 

@@ -93,6 +93,7 @@ class Decoding(Sampling):
     rule: Rule = "dynamic"  # which positions are revealed
     denoising_steps: int = 4  # static and sequential: steps per block
     max_tokens: int = 256  # new tokens; the last block may exceed it
+    partial_tokens: int = 0  # after so many in one call a request stops, unfinished, at a block's end; 0: off
     min_tokens: int = 0  # no stop token is drawn in a block that begins before so many new tokens
     banned_ids: list[int] = field(default_factory=list)  # never drawn: taken out before p and g
     holds: bool = False  # record what was held, which the exact likelihood needs
@@ -110,7 +111,7 @@ class Rollout(Trajectory):
     """One response with its step map: the record that flows from the engine to the loss."""
 
     num_tokens: int  # tokens that the user sees (shown_ids), stop token included
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or "unfinished"
     seed: int = 0
 
     @property
@@ -135,16 +136,27 @@ class Rollout(Trajectory):
 
 
 def end_rollout(
-    prompt: list[int], seed: int, record: dict[str, list], max_tokens: int, stops: list[int]
+    prompt: list[int],
+    seed: int,
+    record: dict[str, list],
+    how: Decoding,
+    stops: list[int],
+    begun: Rollout | None = None,
 ) -> Rollout:
-    """The rollout of an ended request, with the number of its shown tokens and its reason to end.
+    """The rollout of a request that stopped, with the number of its shown tokens and its reason to stop.
 
     Args:
-        record: the fields of `Trajectory` of all its blocks.
+        record: the fields of `Trajectory` of the blocks of this call, whose steps are counted from 1.
         stops: ids of stop tokens.
+        begun: what the request went on with.
     """
-    shown = record["response_ids"][:max_tokens]
-    num_tokens, reason = len(shown), "length"
+    if begun:
+        record["steps"] = [begun.num_steps + step for step in record["steps"]]
+        record = {name: getattr(begun, name) + new for name, new in record.items()}
+        record["ages"] = begun.ages and begun.ages + [0] * (len(record["steps"]) - len(begun.ages))
+    shown = record["response_ids"][: how.max_tokens]
+    is_partial = how.partial_tokens and len(shown) < how.max_tokens
+    num_tokens, reason = len(shown), "unfinished" if is_partial else "length"
     for i, token in enumerate(shown):
         if token in stops:
             num_tokens, reason = i + 1, "stop"
@@ -258,11 +270,16 @@ class Engine(Protocol):
         seeds: list[int],
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
+        begun: list[Rollout | None] | None = None,
     ) -> list[Rollout | None]:
-        """One rollout per (prompt, seed), in that order; `done` sees each as it ends.
+        """One rollout per (prompt, seed), in that order; `done` sees each as it stops.
 
         None where the engine lost its weights on the way: its subprocess died, and was started again with
         those of the checkpoint. See `generate_all`.
+
+        Args:
+            begun: of each request its unfinished rollout, None if it is new. It goes on behind its own
+                blocks, which are prefilled, and draws what it would have drawn without a pause.
         """
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -288,6 +305,7 @@ def generate_all(
     how: Decoding,
     done: Callable[[Rollout], None] = lambda rollout: None,
     weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
+    begun: list[Rollout | None] | None = None,
 ) -> list[Rollout]:
     """Generate; if the engine of some rank lost its weights on the way, send them again and go on.
 
@@ -295,8 +313,9 @@ def generate_all(
     since gathering the weights is a collective call.
 
     Args:
-        done: sees every sound rollout as it ends.
+        done: sees every sound rollout as it stops.
         weights: the trainer's weights now; None: the checkpoint's, which no engine can lose.
+        begun: see `Engine`.
 
     Raises:
         InputError: sending the weights RESENDS times brought no further rollout.
@@ -306,8 +325,9 @@ def generate_all(
     while in_vain < RESENDS:
         # What this rank still lacks.
         missing = [prompts[i] for i in todo], [seeds[i] for i in todo]
+        going_on = [begun[i] for i in todo] if begun else None
         with together():
-            new = engine.generate(*missing, how, lambda r: r.is_sound and done(r))
+            new = engine.generate(*missing, how, lambda r: r.is_sound and done(r), going_on)
         for i, rollout in zip(todo, new, strict=True):
             rollouts[i] = rollout if rollout is not None and rollout.is_sound else None
         todo = [i for i in todo if rollouts[i] is None]
@@ -396,6 +416,7 @@ class TorchEngine:
         seeds: list[int],
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
+        begun: list[Rollout | None] | None = None,
     ) -> list[Rollout]:
         """One rollout per (prompt, seed), in that order. See `Engine`.
 
@@ -409,8 +430,13 @@ class TorchEngine:
         # Continuous batching: a slot that comes free is taken by the next request.
         batch = _Batch(self, min(self.max_batch, len(prompts)), room, how)
         waiting = deque()
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            waiting.append(_Request(index, prompt, seed, torch.Generator().manual_seed(seed)))
+        numbers = self.block_size * (2 if how.dither else 1)  # that a step draws
+        begun = begun or [None] * len(prompts)
+        for index, (prompt, seed, old) in enumerate(zip(prompts, seeds, begun, strict=True)):
+            random = torch.Generator().manual_seed(seed)
+            if old:  # behind what its earlier steps drew
+                torch.rand(old.num_steps * numbers, dtype=torch.double, generator=random)
+            waiting.append(_Request(index, prompt, seed, random, old))
         rollouts: list[Rollout | None] = [None] * len(prompts)
         while waiting or batch.requests:
             joining = {}
@@ -432,7 +458,8 @@ class _Request:
     prompt: list[int]
     seed: int
     random: torch.Generator
-    steps: int = 0  # denoising steps so far
+    begun: Rollout | None
+    steps: int = 0  # denoising steps of this call so far
 
 
 @dataclass
@@ -459,19 +486,21 @@ class _Batch:
         self.number = torch.zeros(self.slots, dtype=torch.long, device=device)  # of the step in its block
         self.start = torch.zeros(self.slots, dtype=torch.long, device=device)  # of the current block
         self.prompt_tokens = torch.zeros(self.slots, dtype=torch.long, device=device)
+        self.first = torch.zeros(self.slots, dtype=torch.long, device=device)  # token of this call
 
     def join(self, joining: dict[int, _Request]) -> None:
-        """Put requests into free slots and prefill the whole blocks of their prompts."""
+        """Put requests into free slots and prefill the whole blocks of what is known."""
         b, longest = self.engine.block_size, 0
         for slot, request in joining.items():
-            known = len(request.prompt)
+            ids = request.prompt + (request.begun.response_ids if request.begun else [])
+            known = len(ids)
             self.requests[slot] = request
             self.ids[slot] = self.engine.mask_id
-            self.ids[slot, :known] = torch.tensor(request.prompt)
+            self.ids[slot, :known] = torch.tensor(ids)
             self.masked[slot] = True
             self.number[slot] = 0
             self.masked[slot, :known] = False
-            self.prompt_tokens[slot] = known
+            self.prompt_tokens[slot], self.first[slot] = len(request.prompt), known
             self.start[slot] = known // b * b
             longest = max(longest, known // b * b)
 
@@ -489,7 +518,7 @@ class _Batch:
         pass that leaves clean keys in the cache: nothing is drawn, and the request's next block begins.
 
         Returns:
-            (index, rollout) of the requests that ended.
+            (index, rollout) of the requests that ended, or pause.
         """
         # The current blocks, masks where they are not known yet.
         e, b, device = self.engine, self.engine.block_size, self.ids.device
@@ -529,13 +558,15 @@ class _Batch:
             state[at] = torch.where(revealed, new, state[at])
         self.masked[at] = masked & ~revealed
 
-        # A request ends with a complete block that has a stop token or reaches the limit. (Where `start`
-        # has moved no block is complete.)
+        # A request ends with a complete block that has a stop token or reaches the limit, or pauses after it.
+        # (Where `start` has moved no block is complete.)
         complete = denoising & ~self.masked[at].any(-1)
         generated = positions >= self.prompt_tokens[slots, None]
         stopped = (torch.isin(self.ids[at], e.stop_ids) & generated).any(-1)
         length = self.start[slots] + b - self.prompt_tokens[slots]
         ended = complete & (stopped | (length >= self.how.max_tokens))
+        if self.how.partial_tokens:
+            ended |= complete & (self.start[slots] + b - self.first[slots] >= self.how.partial_tokens)
         return [self._leave(running[i]) for i in ended.nonzero()[:, 0].tolist()]
 
     def _ban(self, logits: torch.Tensor, new_tokens: torch.Tensor) -> None:
@@ -581,10 +612,10 @@ class _Batch:
         return drawn, dithered(lower, self.how).to(log_g)
 
     def _leave(self, slot: int) -> tuple[int, Rollout]:
-        """Take a finished request out of the batch and make its record."""
+        """Take a request out of the batch and make the record of what was generated in this call."""
         request = self.requests.pop(slot)
         self.free.append(slot)
-        begin = len(request.prompt)
+        begin = int(self.first[slot])
         end = int(self.start[slot]) + self.engine.block_size  # of the block that was just completed
         steps = self.steps[slot, begin:end].tolist()
         record = {
@@ -596,7 +627,8 @@ class _Batch:
             recorded = self.holds[slot, begin:end].tolist()
             record |= holds_of_tokens(recorded, steps, begin, self.engine.block_size)
         stops = self.engine.stop_ids.tolist()
-        return request.index, end_rollout(request.prompt, request.seed, record, self.how.max_tokens, stops)
+        rollout = end_rollout(request.prompt, request.seed, record, self.how, stops, request.begun)
+        return request.index, rollout
 
 
 def holds_of_tokens(
@@ -635,6 +667,7 @@ class LMDeployEngine(LMDeployProcess):
         seeds: list[int],
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
+        begun: list[Rollout | None] | None = None,
     ) -> list[Rollout | None]:
         """One rollout per (prompt, seed), in that order. See `Engine`.
 
@@ -646,8 +679,10 @@ class LMDeployEngine(LMDeployProcess):
         if not prompts:
             return rollouts
         self.check_room(needed_positions(prompts, how, self.block_size, self.positions))
-        for i, record in self.records(prompts, seeds, how):
-            rollouts[i] = end_rollout(prompts[i], seeds[i], record, how.max_tokens, self.stop_ids)
+        begun = begun or [None] * len(prompts)
+        so_far = [(old.response_ids, old.num_steps) if old else ([], 0) for old in begun]
+        for i, record in self.records(prompts, seeds, how, so_far):
+            rollouts[i] = end_rollout(prompts[i], seeds[i], record, how, self.stop_ids, begun[i])
             done(rollouts[i])
         return rollouts
 

@@ -126,6 +126,7 @@ def rounds(
                 advantages=torch.zeros(len(masked)),
                 source=torch.zeros(len(masked), dtype=torch.long),
                 engine_logprobs=torch.full((len(masked),), torch.nan),
+                ages=torch.zeros(len(masked), dtype=torch.long),
                 block_size=block_size,
             )
         )

@@ -159,7 +159,10 @@ def differences(before: dict[str, Any], now: dict[str, Any], config_class: type[
     if now["fields"]["schedule"] != "constant":
         free.remove("steps")  # they stretch the schedule
     fields = json.loads(json.dumps(now["fields"]))
-    for name, value in before["fields"].items():
+    defaults = json.loads(
+        json.dumps(dataclasses.asdict(config_class()))
+    )  # of fields that are younger than it
+    for name, value in (defaults | before["fields"]).items():
         if name not in free and name in fields and fields[name] != value:
             changes.append(f"{name} was {value} and is {fields[name]}")
     return changes

@@ -28,7 +28,7 @@ import sys
 import threading
 import traceback
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Recorder:
     finished: dict[int, dict[str, list]]  # by session: the fields of a trajectory
     drawn: list[torch.Tensor]  # of the forward in hand: log p and log g of what was drawn, [rows] each
     log_tau: torch.Tensor | None = None  # [rows] what log p has to reach there, if thresholds are dithered
+    before: dict[int, int] = field(default_factory=dict)  # by session: forwards in earlier calls
 
 
 RECORDER = Recorder(Decoding(), 0, {}, [])
@@ -125,7 +126,7 @@ def fix_sampling() -> None:
     bit 40 (dipo.sample_groups): two runs would share every random number. And it counts offsets from the
     tokens that are there when a request is prefilled, one for each forward from then on: a request that was
     preempted would go on with other numbers than without, some of them a second time. Here it is forwards
-    from the beginning.
+    from the beginning, those of earlier calls included if the request goes on from them.
     """
     from lmdeploy.pytorch.strategies.ar.sampling import ARSamplingStrategy as Base
     from lmdeploy.pytorch.strategies.dllm.sampling import DLLMSamplingStrategy as Strategy
@@ -156,7 +157,8 @@ def fix_sampling() -> None:
         if inputs.random_seeds is not None:  # 64 bits wrap around
             position = torch.arange(block_size).repeat(len(seqs))
             inputs.random_seeds = inputs.random_seeds + position * 0x1E3779B97F4A7C15
-        forwards = torch.tensor([getattr(seq, "forwards", 0) for seq in seqs])
+        before = [RECORDER.before.get(seq.session_id, 0) for seq in seqs]
+        forwards = torch.tensor(before) + torch.tensor([getattr(seq, "forwards", 0) for seq in seqs])
         inputs.random_offsets = forwards.repeat_interleave(block_size)
         return inputs
 
@@ -359,6 +361,17 @@ def record_requests() -> None:
     Sequence.set_stop_pos = set_stop_pos_and_record
 
 
+def forwards_before(prompt_tokens: int, own_tokens: int, steps: int, block_size: int) -> int:
+    """Forwards that a request has had when it goes on behind own tokens, revealed in so many steps.
+
+    One per step, and one per block that leaves it in the cache; before them the prompt's prefill, which
+    is a step already unless the prompt is whole blocks. The prefill of the own blocks is the one that leaves
+    the last of them in the cache, and counts itself.
+    """
+    blocks = (prompt_tokens + own_tokens) // block_size - prompt_tokens // block_size
+    return steps + blocks - 1 + (prompt_tokens % block_size == 0)
+
+
 class Server:
     """The engine, and what the parent can ask of it: every public method is a request."""
 
@@ -380,9 +393,9 @@ class Server:
         self.bucket = torch.empty(0, dtype=torch.uint8)
 
     async def generate(
-        self, requests: list[tuple[int, list[int], int]], how: Decoding, stop_ids: list[int]
+        self, requests: list[tuple[int, list[int], int, list[int], int]], how: Decoding, stop_ids: list[int]
     ) -> None:
-        """Answer (index, prompt, seed) requests; each is sent to the parent as it ends."""
+        """Answer (index, prompt, seed, own tokens, their steps) requests; each is sent back as it stops."""
         RECORDER.how = how
         if self.block_size:
             config = self.agent.agent_strategy.unmasking_processor.dllm_config
@@ -401,12 +414,21 @@ class Server:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     async def _answer(
-        self, index: int, prompt: list[int], seed: int, how: Decoding, stop_ids: list[int]
+        self,
+        index: int,
+        prompt: list[int],
+        seed: int,
+        own: list[int],
+        steps: int,
+        how: Decoding,
+        stop_ids: list[int],
     ) -> None:
         from lmdeploy.messages import GenerationConfig, ResponseType
 
+        room = how.max_tokens - len(own)
+        room = min(room, how.partial_tokens or room)
         config = GenerationConfig(
-            max_new_tokens=how.max_tokens,
+            max_new_tokens=room,
             do_sample=True,  # not looked at on this path: greedy is top_k=1
             top_k=how.top_k,
             top_p=how.top_p,
@@ -414,15 +436,18 @@ class Server:
             random_seed=seed,
             stop_token_ids=stop_ids,
             bad_token_ids=list(how.banned_ids),
-            min_new_tokens=how.min_tokens,
+            min_new_tokens=min(max(how.min_tokens - len(own), 0), room),
         )
 
-        # Run the request to its end.
+        # Run the request until it stops.
         session, ids, status = next(self.sessions), [], None
-        async for out in self.instance.async_stream_infer(session, prompt, gen_config=config):
+        if own:
+            RECORDER.before[session] = forwards_before(len(prompt), len(own), steps, self.block_size)
+        async for out in self.instance.async_stream_infer(session, prompt + own, gen_config=config):
             ids, status = ids + list(out.token_ids or []), out.status
             RECORDER.forwards += not self.block_size
         await self.instance.async_end(session)
+        RECORDER.before.pop(session, None)
 
         # Send its record.
         if self.block_size:

@@ -288,12 +288,17 @@ class LMDeployProcess:
             )
 
     def records(
-        self, prompts: list[list[int]], seeds: list[int], how: Any
+        self,
+        prompts: list[list[int]],
+        seeds: list[int],
+        how: Any,
+        so_far: list[tuple[list[int], int]],
     ) -> Iterator[tuple[int, dict[str, list]]]:
-        """(index, record) of each request as it ends; ends early if the weights were lost on the way.
+        """(index, record) of each request as it stops; ends early if the weights were lost on the way.
 
         Args:
             how: the settings, which the child's `generate` understands.
+            so_far: what a request goes on behind: tokens after its prompt, and the steps that revealed them.
         """
         todo = dict.fromkeys(range(len(prompts)))  # an ordered set
         while todo:
@@ -303,7 +308,7 @@ class LMDeployProcess:
                 if self._lost:
                     return
                 self.wake()
-                requests = [(i, prompts[i], seeds[i] % 2**63) for i in todo]
+                requests = [(i, prompts[i], seeds[i] % 2**63, *so_far[i]) for i in todo]
                 self._send(("generate", (requests, how, self.stop_ids)))
                 for i, record in self._receive_records():
                     del todo[i]

@@ -6,8 +6,8 @@
     metrics.jsonl          a line per step
     rollouts.jsonl         some rollouts of each step (dipo.py)
     tensorboard            with log_to=tensorboard: the metrics again
-    checkpoints/step-N     a Hugging Face folder, with the optimizer's state and the counters beside it, and
-                           a card (README.md) that says what it is
+    checkpoints/step-N     a Hugging Face folder, with a card (README.md) that says what it is; beside it the
+                           optimizer's state, the counters, and what had not ended (unfinished-*.jsonl)
     latest                 a link to the newest complete one
     report.html            all of it to look at (plumbing/report.py)
 
@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 
 from plumbing.card import Card
 from plumbing.checkpoint import TensorFiles, own_slice, read_copied, save, tiny, write_tensors
-from plumbing.common import InputError, checkpoints, collecting, lock, tell, write_json, writing
+from plumbing.common import InputError, checkpoints, collecting, lock, read_records, tell, write_json, writing
 from plumbing.config import TrainConfig
 from plumbing.identity import differences, identity, origin, read_identity, shortened_logs
 from plumbing.kept import read_settings
@@ -180,21 +180,32 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ checkpoints
 
-    def save(self, step: int, cursor: int, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
+    def save(
+        self,
+        step: int,
+        cursor: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.AdamW,
+        unfinished: Iterable[dict[str, Any]] = (),
+    ) -> None:
         """Write checkpoints/step-N; it appears under that name only when it is complete.
 
         Every rank writes some of the weights' files and its own shard of the optimizer state. (With
         several machines, `out` has to be on a disk that all of them see.) If that fails it is tried once
         more, then in another place; the run goes on in any case, and `close` has the last word.
+
+        Args:
+            unfinished: records of this rank, which the run goes on with; each has a `number`.
         """
         folder = self.path / "checkpoints" / f"step-{step:06d}"
         if folder.exists() or step == 0:
             return
-        problem = self._try_to_save(folder, step, cursor, model, optimizer)
+        state = step, cursor, model, optimizer, list(unfinished)
+        problem = self._try_to_save(folder, *state)
         if problem:
             self._say(f"{problem}: trying again in {self.retry_seconds:.0f} s")
             time.sleep(self.retry_seconds)
-            problem = self._try_to_save(folder, step, cursor, model, optimizer)
+            problem = self._try_to_save(folder, *state)
         if not problem:
             self._unsaved = ""
             if self.rank == 0:
@@ -205,14 +216,20 @@ class RunFolder:
 
         # In its place it cannot be. Nothing is dropped, so the checkpoints before it are all still there.
         refuge = gather(free_place(spare_folder(self.path), folder.name))[0]
-        if self._try_to_save(refuge, step, cursor, model, optimizer):
+        if self._try_to_save(refuge, *state):
             self._unsaved = f"{problem}; step {step} is not saved"
         else:
             self._unsaved = f"{problem}; step {step} is in {refuge}: move it to {folder.parent}"
         self._say(self._unsaved)
 
     def _try_to_save(
-        self, folder: Path, step: int, cursor: int, model: torch.nn.Module, optimizer: torch.optim.AdamW
+        self,
+        folder: Path,
+        step: int,
+        cursor: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.AdamW,
+        unfinished: list[dict[str, Any]],
     ) -> str:
         """Write a checkpoint; why it failed on some rank, or nothing. Weights that are none end the run."""
         part = folder.with_name(f".part-{folder.name}")
@@ -230,6 +247,7 @@ class RunFolder:
             raise
         with collecting(problems):
             self._save_optimizer(part, model, optimizer)
+            self._save_unfinished(part, unfinished)
         problem = first_problem(problems)
 
         # All ranks are done, on one disk: with the counters it is complete.
@@ -302,6 +320,32 @@ class RunFolder:
         if self.config.lora_rank:
             adapters = {name: p.detach().cpu() for name, p in trained(model)}
             write_tensors(folder / "adapters.safetensors", adapters, "format", "pt")
+
+    def _save_unfinished(self, folder: Path, records: list[dict[str, Any]]) -> None:
+        """This rank's; Python writes floats so that they are read as the same, infinity included."""
+        if not records:
+            return
+        file = folder / f"unfinished-{self.rank + 1:05d}-of-{self.world:05d}.jsonl"
+        with writing(file), open(file, "w") as opened:
+            for record in records:
+                opened.write(json.dumps(record) + "\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """This rank's records from the checkpoint that is resumed: those that it wrote, in the same order.
+
+        If another number of ranks wrote them they are dealt out by their numbers.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        files = sorted(self._checkpoint.glob("unfinished-*.jsonl")) if self._checkpoint else []
+        if all(file.stem.endswith(f"-of-{self.world:05d}") for file in files):
+            own = [file for file in files if file.name.startswith(f"unfinished-{self.rank + 1:05d}-")]
+            return [record for file in own for _, record in read_records(file)]
+        records = [record for file in files for _, record in read_records(file)]
+        return sorted(records, key=lambda record: record["number"])[self.rank :: self.world]
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.AdamW) -> None:
         """Load the optimizer's state (and LoRA's adapters) if the run is resumed.

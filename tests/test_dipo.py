@@ -314,7 +314,7 @@ def test_collecting_goes_on_until_enough_groups_are_useful(folder, tmp_path):
     trainer = start(DiPOConfig, folder, tmp_path / "run", **settings)
     config, engine = trainer.config, trainer.engine()
     order = DataOrder(len(QUESTIONS), config.seed)
-    kept, figures = collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config)
+    kept, figures = collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config, [])
 
     again = DataOrder(len(QUESTIONS), config.seed).take(order.cursor)
     everything = sample_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, again, config)
@@ -347,7 +347,7 @@ def test_collecting_ends_when_nothing_is_useful(folder, tmp_path):
     config, engine = trainer.config, trainer.engine()
     order = DataOrder(len(QUESTIONS), config.seed)
     with pytest.raises(InputError, match="no useful group among 14 questions in 3 rounds"):
-        collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config)
+        collect_groups(engine, trainer.model, trainer.tokenizer, QUESTIONS, order, config, [])
     assert order.cursor == 2 + 4 + 8, "as many as are missing at the rate so far, at most four times"
 
 
@@ -606,7 +606,7 @@ def test_the_loop_of_dipo_makes_these_steps(folder, tmp_path):
     figures = []
     for _ in range(3):
         groups, sampled = collect_groups(
-            engine, trainer.model, trainer.tokenizer, questions, order, trainer.config
+            engine, trainer.model, trainer.tokenizer, questions, order, trainer.config, []
         )
         figures.append(sampled | trainer.dipo_step(groups, reference))
         engine.update_weights(named_weights(trainer.model))

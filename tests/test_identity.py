@@ -109,7 +109,8 @@ def test_another_field_of_sft(good, tmp_path, change):
 @pytest.mark.parametrize(
     "change",
     ["likelihood=exact", "rewards.speed=2", "rewards.boxed=1", "group_size=5", "groups=3", "kl_beta=0.1"]
-    + ["updates=2", "temperature=0.9", "threshold=0.5", "max_tokens=12", "normalizer=batch", "rule=static"],
+    + ["updates=2", "temperature=0.9", "threshold=0.5", "max_tokens=12", "normalizer=batch", "rule=static"]
+    + ["correction=mask", "partial_tokens=8", "max_age=3"],
 )
 def test_another_field_of_dipo(good, tmp_path, change):
     out = tmp_path / "run"
@@ -493,3 +494,18 @@ def test_two_ranks_take_it_once(good, tmp_path, zygote):
     assert done.returncode == 0, done.stderr
     unchanged_and_refused("sft", argv, out, "already holds a run")
     works("sft", [*argv, "resume=true", "steps=3", *KEEP_ALL])
+
+
+def test_a_run_that_is_older_than_a_field_had_its_default(good, tmp_path):
+    """Its run.json does not know the field: resuming with another value is another run all the same."""
+    out = tmp_path / "run"
+    argv = [*arguments(good, "dipo", out), "steps=1"]
+    works("dipo", argv)
+    record = json.loads((out / "run.json").read_text())
+    for name in ("correction", "partial_tokens", "max_age"):
+        del record["fields"][name]
+    (out / "run.json").write_text(json.dumps(record))
+    changes = ["partial_tokens=8", "correction=mask"]
+    wanted = ["correction was none and is mask", "partial_tokens was 0 and is 8"]
+    unchanged_and_refused("dipo", [*argv, "resume=true", *changes], out, *wanted)
+    works("dipo", [*argv, "resume=true"])

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import TINY, WORDS, chi_square
 from data_rows import write_task
+from test_partial import assert_same_rollouts, interrupted
 from zygote import Zygote
 
 import dipo
@@ -813,3 +814,67 @@ def test_engines_that_cannot_run_are_refused_by_name(folder, tmp_path, monkeypat
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="config key engine: lmdeploy needs CUDA"):
             evaluate_with(*common, "engine=lmdeploy")
+
+
+# ---------------------------------------------------------------------------------- partial rollouts
+
+PARTIAL = {
+    "greedy": Decoding(top_k=1, threshold=0.4, holds=True),
+    "sampled": dataclasses.replace(SAMPLING["plain"], holds=True),
+    "truncated": SAMPLING["truncated"],
+    "sequential": SAMPLING["sequential"],
+    "dithered": dataclasses.replace(DITHERED, holds=True),
+    "not too short": Decoding(top_k=1, threshold=0.4, min_tokens=10, banned_ids=BANNED),
+}
+
+
+@pytest.mark.parametrize("how", PARTIAL.values(), ids=PARTIAL)
+def test_an_interrupted_rollout_is_the_uninterrupted_one(both, how):
+    """Token for token and step for step, sampled too: its draws go on where they stopped."""
+    engine, prompts = both[0], prompts_of(range(1, 17))
+    how = dataclasses.replace(how, max_tokens=21)
+    wanted = engine.generate(prompts, range(16), how)
+    found, calls = interrupted(engine, prompts, range(16), how, 6)
+    assert_same_rollouts(found, wanted)
+    assert calls > 1
+    if how.top_k == 1:
+        reference, _ = interrupted(both[1], prompts, range(16), how, 6)
+        assert [shown(r) for r in found] == [shown(r) for r in reference]
+
+
+def test_partial_rollouts_of_more_requests_than_fit_at_once(folder, tmp_path):
+    """Preempted, paused and gone on with, in a cache of five pages."""
+    prompts, how = prompts_of([5, 70, 33, 1, 64]), Decoding(max_tokens=80)
+    engine = start(folder, tmp_path / "log", stops=[], options={"max_batch_size": 3, "num_gpu_blocks": 5})
+    wanted = engine.generate(prompts, range(5), how)
+    found, calls = interrupted(engine, prompts, range(5), how, 21)
+    engine.close()
+    assert_same_rollouts(found, wanted)
+    assert calls == 4
+
+
+def test_an_engine_that_dies_goes_on_from_the_unfinished_ones(folder, tmp_path):
+    engine = start(folder, tmp_path / "log", stops=[])
+    prompts, how = prompts_of([9, 6, 11]), Decoding(max_tokens=40, partial_tokens=17)
+    begun = engine.generate(prompts, range(3), how)
+    wanted = engine.generate(prompts, range(3), how, begun=begun)
+    engine._process.kill()
+    assert_same_rollouts(engine.generate(prompts, range(3), how, begun=begun), wanted)
+    engine.close()
+    assert {r.finish_reason for r in begun} == {"unfinished"}
+
+
+def test_segments_with_seeds_of_their_own_have_the_distribution_of_whole_rollouts(both):
+    engine, reference = both
+    if engine.block_size != 4:
+        pytest.skip("one block size is enough")
+    how = Decoding(threshold=0.5, top_k=2, max_tokens=4, holds=True, partial_tokens=2)
+    prompts = prompts_of([10]) * 1500  # two tokens in the block that the prompt opens, then four
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "stop_ids", [])
+        begun = engine.generate(prompts, range(1500), how)
+        rollouts = engine.generate(prompts, range(10**6, 10**6 + 1500), how, begun=begun)
+    assert {len(r.response_ids) for r in begun} == {2} and {len(r.response_ids) for r in rollouts} == {6}
+    value, freedom = chi_square(rollouts, reference.model, how, 4, reference.mask_id)
+    assert freedom > 10
+    assert value < freedom + 4 * (2 * freedom) ** 0.5

@@ -515,7 +515,7 @@ def test_all_masked_shows_the_prompt_only(prompt):
 def test_to_moves_every_tensor():
     row = random_row(0, 4, 1).to("meta")
     tensors = [v for v in vars(row).values() if torch.is_tensor(v)]
-    assert len(tensors) == 12 and all(t.device.type == "meta" for t in tensors)
+    assert len(tensors) == 13 and all(t.device.type == "meta" for t in tensors)
     assert row.block_size == 4 and issubclass(InputError, ValueError)
 
 

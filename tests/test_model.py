@@ -71,6 +71,7 @@ def clean_row(ids: list[int], block_size: int) -> Packed:
         advantages=zero,
         source=torch.zeros_like(n),
         engine_logprobs=zero,
+        ages=torch.zeros_like(n),
         block_size=block_size,
     )
 

@@ -34,9 +34,11 @@ SMALL = {
 SFT = ["steps=12", "save_every=2", "batch_size=16", "views=2", "lr=1e-3"]
 DIPO = ["steps=6", "save_every=1", "groups=4", "group_size=4", "max_rounds=2", "max_tokens=16"]
 DIPO += ["threshold=0.005", "rewards.speed=1.0", "lr=1e-3", "updates=2", "kl_beta=0.1"]
+PARTIAL = ["partial_tokens=5", "likelihood=exact", "max_age=4"]
 SHARED = ["keep_checkpoints=2", "eval_every=3", "eval_limit=2", "eval_max_tokens=8", "seed=3"]
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "config.json"}
 SCRIPTS = {"sft": (sft.main, sft.SFTConfig), "dipo": (dipo.main, dipo.DiPOConfig)}
+SCRIPTS["partial"] = SCRIPTS["dipo"]  # with rollouts that are unfinished when a checkpoint is made
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +52,15 @@ def good(tmp_path_factory) -> Path:
 
 def arguments(good: Path, script: str, out: Path, *more: str) -> list[str]:
     data = good / ("sft.jsonl" if script == "sft" else "rl.jsonl")
-    own = SFT if script == "sft" else DIPO
+    own = {"sft": SFT, "dipo": DIPO, "partial": DIPO + PARTIAL}[script]
     paths = [f"model={good}/model", f"data={data}", f"out={out}", f"eval_data={good}/test.jsonl"]
     return [*paths, *SHARED, *own, *more]
 
 
 def command(good: Path, script: str, out: Path) -> list[str]:
     """The run as a user starts it again after every crash: one and the same command."""
-    return [sys.executable, f"{script}.py", *arguments(good, script, out, "resume=true")]
+    name = "sft.py" if script == "sft" else "dipo.py"
+    return [sys.executable, name, *arguments(good, script, out, "resume=true")]
 
 
 def logged(log: Path) -> list[dict]:
@@ -70,6 +73,10 @@ def assert_same_run(ours: Path, reference: Path) -> None:
     for name in ("model.safetensors", "optimizer.safetensors"):
         same = (ours / "latest" / name).read_bytes() == (reference / "latest" / name).read_bytes()
         assert same, f"{name} differs from the uninterrupted run's"
+    files = [
+        {f.name: f.read_bytes() for f in (out / "latest").glob("unfinished*")} for out in (ours, reference)
+    ]
+    assert files[0] == files[1], "what had not ended differs from the uninterrupted run's"
     for log in reference.glob("*.jsonl"):
         assert logged(ours / log.name) == logged(log), f"{log.name} differs"
     names = [sorted(f.name for f in out.glob("checkpoints/*")) for out in (ours, reference)]
@@ -138,7 +145,7 @@ def kill_while_running(
     return process.returncode != 0
 
 
-@pytest.fixture(scope="module", params=["sft", "dipo"])
+@pytest.fixture(scope="module", params=["sft", "dipo", "partial"])
 def finished(request, good, tmp_path_factory) -> tuple[str, Path]:
     """(script, out) of a run that ended; copy `out` before changing it."""
     out = tmp_path_factory.mktemp(request.param) / "run"
@@ -161,7 +168,7 @@ def test_killed_and_resumed_runs_end_bit_identical(finished, good, tmp_path, zyg
     moments = ["training"] * 6 + ["saving"] * 3
     rng.shuffle(moments)
     assert len(moments) == KILLS - 1
-    steps, chain = [], 0
+    steps, chain, in_flight = [], 0, 0
     while moments:  # a chain that ends by itself is checked, and another one is begun
         chain += 1
         out = tmp_path / f"chain-{chain}"
@@ -174,11 +181,13 @@ def test_killed_and_resumed_runs_end_bit_identical(finished, good, tmp_path, zyg
             assert_only_complete_checkpoints(out)
             done = sorted(out.glob("checkpoints/step-*"))
             steps.append(int(done[-1].name[-6:]) if done else 0)
+            in_flight += len(list(done[-1].glob("unfinished-*"))) if done else 0
         done = zygote.run(command(good, script, out), cwd=ROOT, env=os.environ | ONE_THREAD)
         assert done.returncode == 0, done.stderr
         assert_only_complete_checkpoints(out)
         assert not list(out.rglob(".part-*")), "a kill's leftovers are still there"
         assert_same_run(out, reference)
+    assert (in_flight > 3) == (script == "partial"), "resumed with rollouts that had not ended"
     print(f"{script}: {chain} chains, newest checkpoints at the kills: {steps}")
 
 

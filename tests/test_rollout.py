@@ -255,7 +255,7 @@ def test_nothing_to_do(network):
 def test_what_of_a_response_is_shown(ids, max_tokens, num_tokens, reason):
     steps, logprobs = [1, 1, 2, 3], [-0.1, -0.2, -0.3, -0.4]
     record = {"response_ids": ids, "steps": steps, "logprobs": logprobs}
-    rollout = end_rollout([7, 5], 3, record, max_tokens, STOPS)
+    rollout = end_rollout([7, 5], 3, record, Decoding(max_tokens=max_tokens), STOPS)
     assert rollout == Rollout([7, 5], ids, steps, logprobs, num_tokens, reason, seed=3)
     assert rollout.shown_ids == ids[:num_tokens]
 
