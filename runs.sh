@@ -149,8 +149,7 @@ stage eval_dipo evaluate.py "${EVAL_RUN[@]}" "$TEST" "model=$OUT/dipo/latest"
 if [ "$NODE_RANK" -eq 0 ]; then
     run python benchmarks/compare.py "$OUT/eval_base" "$OUT/eval_sft"
     run python benchmarks/compare.py "$OUT/eval_sft" "$OUT/eval_dipo"
-    if grep -q __main__ plumbing/report.py; then
-        run python plumbing/report.py "$OUT"/{eval_base,sft,eval_sft,dipo,eval_dipo}
-    fi
-    [ "$DRY" ] || echo "finished: $OUT/eval_*/table.md has the figures, $OUT/dipo/latest the model"
+    # Every stage has written a report.html of its own; this one has the questions that the training changed.
+    run python plumbing/report.py "$OUT/eval_base" "$OUT/eval_dipo" --out "$OUT/report.html"
+    [ "$DRY" ] || echo "finished: $OUT/report.html has the figures, $OUT/dipo/latest the model"
 fi
