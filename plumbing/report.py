@@ -302,6 +302,8 @@ def training_page(folder: Path, running: bool | None) -> Page:
         "fields": config_rows(fields, starts),
         "model": text(model.get("folder")) or text(model.get("name")),
     }
+    if (folder / "summary.json").exists():
+        notes.append("The evaluation in this folder has no report: give evaluate.py another out")
     if not starts:
         notes.append("run.json does not say the commit and the machine: an older version wrote it")
 

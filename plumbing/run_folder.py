@@ -72,6 +72,7 @@ class RunFolder:
         self.rank, self.world = rank_and_world()
         self._lock = lock(self.path) if self.rank == 0 else None
         self.weights = Path()  # none yet
+        self._noted = False  # whether run.json says of this start
         self._checkpoint = self._open()
         self.initial = self._initial_model()
         self.weights = self._checkpoint or self.initial
@@ -115,7 +116,9 @@ class RunFolder:
                 tell(f"{self.path}: resume=force although {'; '.join(changes)}")
                 self._identity["forced"] += [{"step": self.step, "changes": changes}]
             self._identity["starts"].append(origin(self.config, self.step))
-            write_json(self.path / "run.json", self._identity)
+            if changes or not before:
+                write_json(self.path / "run.json", self._identity)
+                self._noted = True
             with writing(self.path / "config.yaml"):
                 OmegaConf.save(OmegaConf.structured(self.config), self.path / "config.yaml")
             for log in LOGS:
@@ -147,9 +150,18 @@ class RunFolder:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; what is no number is null there, and `skipped` says why."""
         self.append("metrics.jsonl", [{"step": step, **metrics}])
+        self._note_start()
         self._card.log(step, as_json(metrics))
         self._watch.log(step, metrics)
         self._write_report()
+
+    def _note_start(self) -> None:
+        """Write run.json with this start of a resumed run, at its first step: a finished one has none."""
+        if self.rank == 0 and not self._noted:
+            problems: list[str] = []
+            with collecting(problems):
+                write_json(self.path / "run.json", self._identity)
+            self._noted = not problems
 
     def _write_report(self, running: bool = True) -> None:
         """Write report.html; while the run goes, so rarely that it costs a fiftieth of the time at most."""

@@ -199,8 +199,9 @@ def copy(out: Path, tmp_path: Path) -> Path:
 
 
 def snapshot(out: Path) -> dict[str, bytes]:
-    """Every file but config.yaml, which records the command that was given last."""
-    files = [f for f in out.rglob("*") if f.is_file() and f.name != "config.yaml"]
+    """Every file but config.yaml and report.html, which say what was given last, and when."""
+    made_again = ("config.yaml", "report.html")
+    files = [f for f in out.rglob("*") if f.is_file() and f.name not in made_again]
     return {str(f.relative_to(out)): f.read_bytes() for f in files}
 
 
