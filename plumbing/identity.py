@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,25 @@ def origin(config: Any, step: int = 0) -> dict[str, Any]:
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         if getattr(config, f.name) != default:
             changed[f.name] = default
-    gpus = torch.cuda.device_count()
-    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"{rank_and_world()[1]} ranks, Python {platform.python_version()}, torch {torch.__version__}"
     return {
         "step": step,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
-        "machine": f"{platform.node()}, {device}, {rank_and_world()[1]} ranks, {versions}",
+        "machine": f"{platform.node()}, {devices()}, {versions}",
         "defaults": changed,
     }
+
+
+def devices() -> str:
+    """Cores and GPUs of this machine, as the driver names them: to ask CUDA takes memory of a GPU."""
+    gpus: Counter[str] = Counter()
+    for file in Path("/proc/driver/nvidia/gpus").glob("*/information"):
+        for line in file.read_text(errors="replace").splitlines():
+            if line.startswith("Model:"):
+                gpus[line.removeprefix("Model:").strip()] += 1
+    return ", ".join([f"{os.cpu_count()} CPU cores", *(f"{count} x {name}" for name, count in gpus.items())])
 
 
 def commit() -> str:

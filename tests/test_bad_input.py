@@ -485,13 +485,13 @@ def test_an_out_that_is_a_file_is_named(place, script) -> None:
     ("script", "limit", "changes", "name"),
     [
         ("sft", 100, [], "run.json"),
-        ("sft", 2_000, ["steps=100"], "metrics.jsonl"),
+        ("sft", 4_000, ["steps=100"], "metrics.jsonl"),
         ("sft", 50_000, [], "model.safetensors"),
         ("sft", 250_000, [], "optimizer.safetensors"),
         ("sft", 50_000, ["model=tiny"], "tiny"),
         ("dipo", 50_000, [], "model.safetensors"),
         ("evaluate", 100, [], "config.json"),
-        ("evaluate", 1_500, ["limit=4", "max_tokens=64"], "responses-test-static.rank0.jsonl"),
+        ("evaluate", 3_000, ["limit=4", "max_tokens=64"], "responses-test-static.rank0.jsonl"),
     ],
 )
 def test_a_full_disk_names_the_file(place, zygote, script, limit, changes, name) -> None:
