@@ -162,7 +162,8 @@ function logTicks(low, high) {
   const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9), ticks = [];
   const every = Math.max(1, Math.ceil((last - first) / 4));
   for (let i = first; i <= last; i += every) ticks.push(10 ** i);
-  return ticks.length > 1 ? ticks : [low, high];
+  if (ticks.length > 2) return ticks;
+  return [first - 1, first, last].flatMap((i) => [1, 2, 5].map((lead) => lead * 10 ** i)).filter((v, i, all) => v >= low && v <= high && all.indexOf(v) === i);
 }
 
 // A scale from values to pixels, with its ticks.
@@ -199,17 +200,17 @@ function joined(xs, ys) {
   const there = xs.map((_, i) => i).filter((i) => isNumber(ys[i]));
   return [there.map((i) => xs[i]), there.map((i) => ys[i])];
 }
+// The mean of each value and its neighbours, as many to the left as to the right: it does not lag behind.
+const REACH = Math.max(1, Math.round(D.steps ? D.steps.length / 50 : 0));
 function smooth(ys) {
-  const weight = 1 - 1 / Math.max(1, ys.length / 20);
-  let mean = 0, mass = 0;
-  return ys.map((v) => {
-    if (!isNumber(v)) return null;
-    mean = weight * mean + (1 - weight) * v; mass = weight * mass + (1 - weight);
-    return mean / mass;
+  return ys.map((own, i) => {
+    if (!isNumber(own)) return null;
+    const reach = Math.min(REACH, i, ys.length - 1 - i), near = ys.slice(i - reach, i + reach + 1).filter(isNumber);
+    return near.reduce((sum, v) => sum + v, 0) / near.length;
   });
 }
 
-// {title, series: [{name, label, values, sparse}], format, log, zero, area, limit: [value, words]}
+// {title, series: [{name, label, values, sparse}], format, log, zero, area, exact, limit: [value, words]}
 function chart(spec) {
   const xs = D.steps, format = spec.format || short;
   let stacked = spec.series.map((s) => s.values);
@@ -250,7 +251,7 @@ function chart(spec) {
       root.append(svg("path", {class: "line k" + color, d: path(sx, sy, x, y)}));
       if (sx.length <= 60) sx.forEach((v, j) => root.append(svg("circle", {class: "f" + color, cx: x.at(v), cy: y.at(sy[j]), r: 2.4})));
     } else {
-      const many = xs.length > 60;
+      const many = xs.length > 60 && !spec.exact;
       root.append(svg("path", {class: "line k" + color + (many ? " raw" : ""), d: path(xs, own.values, x, y)}));
       if (many) root.append(svg("path", {class: "line k" + color, d: path(xs, smooth(own.values), x, y)}));
     }
@@ -346,7 +347,7 @@ function curves() {
   add({title: "Clipped", note: "share of actions", series: series(["clip_fraction", "clip fraction", 0]), format: (v) => percent(v, 2), zero: true});
   add({title: "KL", note: "nats per action", series: series(["policy_kl", "to the sampling policy", 0], ["kl", "to the reference", 3])});
   add({title: "Gradient norm", series: series(["grad_norm", "before clipping", 0]), log: true, limit: D.limits ? [D.limits.max_grad_norm, "max_grad_norm"] : null});
-  add({title: "Learning rate", series: series(["lr", "lr", 0]), log: true, zero: true, format: (v) => (v ? v.toExponential(1).replace(".0", "") : "0")});
+  add({title: "Learning rate", series: series(["lr", "lr", 0]), log: true, zero: true, exact: true, format: (v) => (v ? v.toExponential(1).replace(".0", "") : "0")});
   const phases = [...columns.keys()].filter((name) => name.startsWith("seconds/"));
   add({title: "Seconds per step", series: series(...phases.map((name) => [name, name.slice(8)])), area: true});
   const speeds = [["rollout_tokens", "seconds/rollout", "rollout", 0], ["train_tokens", "seconds/train", "training", 1]].map(([n, s, label, color]) => ({name: label, label, color, values: rate(n, s)}));
@@ -369,7 +370,7 @@ function marks() {
     if (D.counts[kind]) box.append(el("span", {}, el("span", {class: "swatch mark-" + kind}), `${label}: ${D.counts[kind]}`));
   }
   if (D.per > 1) box.append(el("span", {}, `each point: the mean of ${D.per} steps`));
-  if (D.steps.length > 60) box.append(el("span", {}, "bold: moving average"));
+  if (D.steps.length > 60) box.append(el("span", {}, `bold: the mean of ${2 * REACH + 1} points`));
   box.append(el("span", {class: "now", id: "now"}));
   return box;
 }

@@ -253,7 +253,7 @@ def keep(page: Page, words: Words, most: int) -> dict[str, str]:
                 record = parse(opened.read(line.size))
             found = record and trajectory(record, words, page.block_sizes.get(line.file, 4))
         if found:
-            found["where"] = f"{line.file.name}, line {line.number}"
+            found["where"] = f"{line.file.parent.name}/{line.file.name}, line {line.number}"
             packed = base64.b64encode(zlib.compress(dumps(found).encode())).decode()
             if size + len(packed) + 100 <= most:
                 kept[line.key] = packed

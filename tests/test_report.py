@@ -71,6 +71,9 @@ def test_a_training_run_on_its_page(tiny_folder, tokenizer, tmp_path):
         assert (row["tokens"], row["advantage"]) == (r["num_tokens"], 0.25)
         assert row["tpf"] == pytest.approx(r["tpf"], rel=1e-5)
         check_sample(samples[row["key"]], r, tokenizer)
+    assert [samples[row["key"]]["where"] for row in data["rows"]] == [
+        f"run/rollouts.jsonl, line {number}" for number in range(1, 25)
+    ]
     assert set(data["keys"]) == set(samples) and data["kept"]["count"] == data["kept"]["of"] == 24
 
 
