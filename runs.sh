@@ -107,6 +107,14 @@ stage() {
 # ------------------------------------------------------------------------------------ the plan, and the machine
 
 if [ ! "$DRY" ]; then
+    # Is this the environment with the packages? benchmarks/node.py imports them, and then looks at their versions.
+    NEEDED="torch transformers numpy omegaconf math_verify safetensors huggingface_hub tqdm matplotlib"
+    MISSING=$(python -c "from importlib.util import find_spec
+print(*(name for name in '$NEEDED'.split() if not find_spec(name)))" 2>&1) || MISSING=python
+    if [ "$MISSING" ]; then
+        echo "error: missing here: $MISSING (activate the environment that has it: docs/node.md)" >&2
+        exit 2
+    fi
     PLAN=$(DRY=1 bash runs.sh "$SIZE" | python benchmarks/node.py --size "$SIZE" --gpus "$GPUS" --nodes "$NNODES" \
         --master "$MASTER" --out "$OUT" --data "$DATA") || { code=$? && echo "$PLAN" && exit $code; }
     grep -v "^skipped: " <<<"$PLAN"

@@ -155,6 +155,17 @@ def test_a_misspelt_field_is_named_before_anything_is_made(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_the_packages_is_told_in_a_line(tmp_path):
+    without = tmp_path / "bin/python"
+    without.parent.mkdir()
+    without.write_text(f'#!/bin/bash\nexec {sys.executable} -I -S "$@"\n')
+    without.chmod(0o755)
+    done = runs("tiny", OUT=f"{tmp_path}/out", PATH=f"{without.parent}:{os.environ['PATH']}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: missing here: torch transformers ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
