@@ -95,8 +95,9 @@ stage() {
     local name=$1 start=(python)
     if [ "$NNODES" -gt 1 ]; then
         # A port for each stage: a machine that is ahead does not meet what the last stage left at the old one.
-        start+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$GPUS" --rdzv_backend c10d --rdzv_id "$name"
-            --rdzv_endpoint "${MASTER%:*}:$((PORT++))" --rdzv_conf "read_timeout=600,join_timeout=600")
+        start+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$GPUS"
+            --rdzv_backend c10d --rdzv_endpoint "${MASTER%:*}:$((PORT++))" --rdzv_id "$name"
+            --rdzv_conf "read_timeout=600,join_timeout=600")
     elif [ "$GPUS" -gt 1 ]; then
         start+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
     fi
