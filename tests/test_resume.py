@@ -191,6 +191,35 @@ def test_killed_and_resumed_runs_end_bit_identical(finished, good, tmp_path, zyg
     print(f"{script}: {chain} chains, newest checkpoints at the kills: {steps}")
 
 
+def test_two_ranks_go_on_with_what_each_had_not_finished(good, tmp_path, zygote) -> None:
+    """Two ranks stop and go on, bit for bit; one rank goes on with what two had."""
+
+    def run(out: Path, ranks: int, steps: int) -> dict[str, bytes]:
+        argv = [*command(good, "partial", out), f"steps={steps}", "eval_every=1"]
+        done = zygote.torchrun(ranks, argv, cwd=ROOT, env=os.environ | ONE_THREAD)
+        assert done.returncode == 0, done.stderr
+        return {f.name: f.read_bytes() for f in (out / "latest").iterdir() if f.suffix != ".json"}
+
+    def unfinished(out: Path) -> list[set[int]]:
+        files = sorted((out / "latest").glob("unfinished-*.jsonl"))
+        return [{record["number"] for _, record in read_records(file)} for file in files]
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    wanted = run(whole, 2, 4)
+    run(parts, 2, 2)
+    shutil.copytree(parts, tmp_path / "alone", symlinks=True)
+    before = unfinished(parts)
+    assert len(before) == 2 and all(before) and not before[0] & before[1]
+    assert run(parts, 2, 4) == wanted and unfinished(parts) == unfinished(whole)
+    assert logged(parts / "metrics.jsonl") == logged(whole / "metrics.jsonl")
+
+    run(tmp_path / "alone", 1, 3)
+    (after,) = unfinished(tmp_path / "alone")
+    step = logged(tmp_path / "alone" / "metrics.jsonl")[-1]
+    ended = round(step["groups_kept"] / step["kept_rate"])
+    assert len(before[0] | before[1]) + step["groups_asked"] == len(after) + ended + step["groups_too_old"]
+
+
 # ------------------------------------------------------- the moments that chance hits too seldom
 
 
