@@ -1,5 +1,6 @@
 """benchmarks/schedule.py against the embedded engine, whose forward passes are counted, and by hand."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -150,6 +151,13 @@ def test_plain_and_partial_steps_by_hand(two_blocks):
     assert (plain.age, plain.old, plain.oldest, plain.unfinished) == (0, 0, 0, 0)
     assert schedule.bound(job, two_blocks) == pytest.approx(plain.seconds)
 
+    # Two ranks share two groups; the work that is there is as much for each.
+    two = simulate(Schedule(), dataclasses.replace(job, ranks=2, groups=2), two_blocks)
+    assert (two.passes, two.full, two.seconds) == (5, 1, pytest.approx(plain.seconds))
+    assert schedule.bound(dataclasses.replace(job, ranks=2, groups=2), two_blocks) == pytest.approx(
+        two.seconds
+    )
+
     # A block per step: two passes of the one that goes on and two of the new one, one after the other.
     half = simulate(Schedule(partial=4), job, two_blocks)
     assert (half.name, half.passes, half.groups, half.unfinished) == ("partial 4", 4, 1, 1)
@@ -181,6 +189,18 @@ def test_an_interrupted_request_keeps_its_complete_blocks():
     request.blocks = 1
     assert [request.reached(n) for n in range(6)] == [1, 2, 2, 2, 2, 3]
     assert request.passes(2) == 1 and request.passes(3) == 5
+
+
+def test_all_ranks_stop_when_it_is_enough():
+    """When the one of 5 s ends, the other rank is in its second pass of 4 s, and one block is complete."""
+    short, long = recorded_request(4, [1, 1, 2, 2, 3, 3, 3, 4], B), recorded_request(4, [1] * 4 + [2] * 4, B)
+    slow = [long, *(Request(4, np.arange(1, 40) * 4, B) for _ in range(3))]
+    left, cost = [], Cost(measured={1: 1.0, 4: 4.0})
+    ranks = roll_out(
+        [deque(slow), deque([short])], 4, cost, 0, lambda *end: left.append(end), lambda: short in dict(left)
+    )
+    assert [(rank.passes, rank.work, rank.clock) for rank in ranks] == [(2, 8, 8.0), (5, 5, 5.0)]
+    assert left[0] == (short, 2) and sorted(blocks for _, blocks in left[1:]) == [0, 0, 0, 1]
 
 
 def test_where_a_part_ends():
@@ -277,14 +297,7 @@ def test_the_program_prints_a_table_and_draws(tmp_path):
     done = run(*small, f"picture={files[0]}", f"json={files[1]}", "vary=true")
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
-    names = [
-        "plain",
-        "partial 32",
-        "queue",
-        "queue + partial 32",
-        "queue + extra 2",
-        "every slot always used",
-    ]
+    names = ["plain", "partial 32", "queue", "queue + partial 32", "queue + extra 2"]
     assert [row[2:] for row in rows[1:7]] == [*names, "every slot always used"]
     assert len(rows) == 7 + 1 + len(schedule.VARIED)
     assert "ASSUMED" in done.stdout and files[0].read_bytes().startswith(b"\x89PNG")
