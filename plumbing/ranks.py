@@ -132,6 +132,19 @@ def micro_batches(model: torch.nn.Module, rows: Sequence[Item], reduce_once: boo
 # ------------------------------------------------------------------ sequences over the ranks
 
 
+def exchange(parcels: list[dict[Any, Any]]) -> dict[Any, Any]:
+    """What all ranks, in turn, have for this one: parcels[r] goes to rank r. Call on every rank."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return parcels[0]
+    mine: dict[Any, Any] = {}
+    for source in range(world):
+        received: list[dict] = [{}]
+        dist.scatter_object_list(received, parcels if source == rank else None, src=source)
+        mine |= received[0]
+    return mine
+
+
 def deal(records: list[Any], sizes: list[int], token_budget: int) -> tuple[list[Any], list[list[int]]]:
     """Deal the sequences of all ranks out evenly (`plan_ranks`); call on every rank.
 
@@ -157,18 +170,12 @@ def deal(records: list[Any], sizes: list[int], token_budget: int) -> tuple[list[
         all_sizes += sizes_there
     plan = plan_ranks(all_sizes, token_budget, world)
 
-    # Every rank in turn sends to each other one what that one's rows need.
-    mine: dict[tuple[int, int], Any] = {}
-    for source in range(world):
-        parcels = None
-        if source == rank:
-            parcels = []
-            for rows in plan:
-                wanted = [home[i] for row in rows for i in row if home[i][0] == source]
-                parcels.append({place: records[place[1]] for place in wanted})
-        received: list[dict] = [{}]
-        dist.scatter_object_list(received, parcels, src=source)
-        mine |= received[0]
+    # Each rank gets what its rows need.
+    parcels = []
+    for rows in plan:
+        wanted = [home[i] for row in rows for i in row if home[i][0] == rank]
+        parcels.append({place: records[place[1]] for place in wanted})
+    mine = exchange(parcels)
 
     # The plan's numbers, which count over all ranks, become indices into what arrived here.
     index = {place: i for i, place in enumerate(mine)}
