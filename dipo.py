@@ -59,6 +59,11 @@ class DiPOConfig(TrainConfig):
     least_tpf_spread: float = setting(
         0.0, "groups without right or without wrong responses: useful if TPF of right ones differs by so much"
     )
+    even_ranks: bool = setting(
+        False,
+        "a rank takes the next rollout when it has room; false: it gets its questions in advance",
+        may_change=True,
+    )
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
     rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; 0: left out", at_least=None)
     reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
@@ -151,6 +156,7 @@ from plumbing.gpu import check_memory, reshard, to_engine, to_trainer
 from plumbing.guard import Guard, noted, together
 from plumbing.lengths import fitting_questions
 from plumbing.open_groups import OpenGroup, count_unfinished, grow_older, more_questions, read_groups
+from plumbing.queue import Ahead, Request, SharedQueue
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
 from reward import Graded, Question, grade, read_questions
@@ -373,6 +379,12 @@ def count_rollouts(groups: list[Group]) -> dict[str, float]:
     }
 
 
+def rollout_seeds(number: int, config: DiPOConfig) -> range:
+    """Seeds of a question's rollouts: 23 bits of the run's, 40 of the rollout's running number."""
+    first = ((config.seed % 2**23) << 40) + number * config.group_size
+    return range(first, first + config.group_size)
+
+
 def sample_groups(
     engine: Engine,
     policy: BlockDiffusion,
@@ -387,41 +399,74 @@ def sample_groups(
     Args:
         going: groups to go on with, before these; afterwards the groups that have not ended.
     """
-    # G requests per question, each with a seed: 23 bits of the run's, 40 of the rollout's running number.
+    # G requests per question, each with a seed.
     going = [] if going is None else going
     going += [OpenGroup(number, index, [None] * config.group_size) for number, index in asked]
-    places, prompts, seeds, begun = [], [], [], []
+    requests = []
     for group in going:
         turn = config.prompt.replace("{question}", questions[group.index].text)
-        prompt = encode_prompt(tokenizer, turn)
-        first = ((config.seed % 2**23) << 40) + group.number * config.group_size
-        for i in group.unfinished:
-            places.append((group, i))
-            prompts.append(prompt)
-            seeds.append(first + i)
-            begun.append(group.rollouts[i])
+        prompt, seeds = encode_prompt(tokenizer, turn), rollout_seeds(group.number, config)
+        requests += [Request(seeds[i], group.index, prompt, group.rollouts[i]) for i in group.unfinished]
 
-    # This rank's engine generates them.
-    how = Decoding.from_config(config, holds=config.likelihood == "exact")
-    quiet = rank_and_world()[0] > 0
-    with progress(total=len(prompts), desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
-        rollouts = generate_all(
-            engine, prompts, seeds, how, lambda rollout: bar.update(), lambda: named_weights(policy), begun
-        )
-    for (group, i), rollout in zip(places, rollouts, strict=True):
-        group.rollouts[i] = rollout
+    # What has ended is graded while others are generated.
+    def grade_some(ended: list[tuple[Rollout, int]]) -> list[Graded]:
+        rollouts, indices = zip(*ended, strict=True)
+        of = [questions[index] for index in indices]
+        return grade(rollouts, of, tokenizer, engine.block_size, config.max_tokens)
 
-    # Grade the groups that have ended.
-    ended = [group for group in going if not group.unfinished]
-    going[:] = [group for group in going if group.unfinished]
-    rollouts = [rollout for group in ended for rollout in group.rollouts]
-    repeated = [questions[group.index] for group in ended for _ in group.rollouts]
+    ahead = Ahead(grade_some)
+    for group in going:
+        for rollout in group.rollouts:
+            if rollout and rollout.finish_reason != "unfinished":
+                ahead.add(rollout.seed, (rollout, group.index))
+    unfinished, graded = make_rollouts(engine, policy, requests, config, ahead)
+
+    # Groups that have ended, with rewards and advantages.
     groups = []
     with together():
-        graded = grade(rollouts, repeated, tokenizer, engine.block_size, config.max_tokens)
-        for group, first in zip(ended, range(0, len(graded), config.group_size), strict=True):
-            groups.append(make_group(group.number, graded[first : first + config.group_size], config))
+        for group in going:
+            seeds = rollout_seeds(group.number, config)
+            group.rollouts = [graded[s].rollout if s in graded else unfinished[s] for s in seeds]
+            if not group.unfinished:
+                groups.append(make_group(group.number, [graded[s] for s in seeds], config))
+    going[:] = [group for group in going if group.unfinished]
     return groups
+
+
+def make_rollouts(
+    engine: Engine, policy: BlockDiffusion, requests: list[Request], config: DiPOConfig, ahead: Ahead
+) -> tuple[dict[int, Rollout], dict[int, Graded]]:
+    """Rollouts of this rank's requests that have not ended, by seed, and all that are graded.
+
+    With config.even_ranks any rank may make any of them; each comes back to the rank that asked for it.
+
+    Args:
+        ahead: grades (rollout, index of the question) by seed; it has those that ended earlier.
+    """
+    # The requests of all ranks in one queue, or each rank its own.
+    total, queue = len(requests), SharedQueue(requests, engine.max_batch) if config.even_ranks else None
+    requests = queue.requests if queue else requests
+    index_of = {request.seed: request.index for request in requests}
+    unfinished = {}
+
+    def stopped(rollout: Rollout) -> None:
+        bar.update()
+        if rollout.finish_reason == "unfinished":
+            unfinished[rollout.seed] = rollout
+        else:
+            ahead.add(rollout.seed, (rollout, index_of[rollout.seed]))
+
+    # This rank's engine makes its part.
+    prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+    begun = [request.begun for request in requests]
+    how = Decoding.from_config(config, holds=config.likelihood == "exact")
+    quiet, weights = rank_and_world()[0] > 0, lambda: named_weights(policy)
+    with progress(total=total, desc="rollouts", unit="rollout", leave=False, disable=quiet) as bar:
+        generate_all(engine, prompts, seeds, how, stopped, weights, begun, queue)
+    graded = ahead.results()
+    if queue:
+        unfinished, graded = queue.bring_home(unfinished), graded | queue.bring_home(graded)
+    return unfinished, graded
 
 
 # ----------------------------------------------------------------------------- the loss

@@ -35,7 +35,6 @@ import math
 import os
 import tempfile
 import time
-from collections import deque
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,6 +68,7 @@ from plumbing.common import InputError, run_script, tell
 from plumbing.gpu import rest, to_engine, used_bytes
 from plumbing.guard import together
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
+from plumbing.queue import SharedQueue
 from plumbing.ranks import gather, rank_and_world
 from plumbing.show import Answer, of_tokens
 
@@ -262,6 +262,7 @@ class Engine(Protocol):
 
     block_size: int
     positions: int  # longest prompt and response together
+    max_batch: int  # requests at a time
     dtype: str  # of its computation
 
     def generate(
@@ -271,6 +272,7 @@ class Engine(Protocol):
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
         begun: list[Rollout | None] | None = None,
+        take: Callable[[], int | None] | None = None,
     ) -> list[Rollout | None]:
         """One rollout per (prompt, seed), in that order; `done` sees each as it stops.
 
@@ -280,6 +282,8 @@ class Engine(Protocol):
         Args:
             begun: of each request its unfinished rollout, None if it is new. It goes on behind its own
                 blocks, which are prefilled, and draws what it would have drawn without a pause.
+            take: gives the index of the next request to run, when there is room; None: no more. What it
+                never gives stays None. Without it all are run, in order.
         """
 
     def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -306,7 +310,8 @@ def generate_all(
     done: Callable[[Rollout], None] = lambda rollout: None,
     weights: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
     begun: list[Rollout | None] | None = None,
-) -> list[Rollout]:
+    queue: SharedQueue | None = None,
+) -> list[Rollout | None]:
     """Generate; if the engine of some rank lost its weights on the way, send them again and go on.
 
     So it is if probabilities are no numbers: sound weights give sound rollouts. Every rank must call this,
@@ -316,24 +321,32 @@ def generate_all(
         done: sees every sound rollout as it stops.
         weights: the trainer's weights now; None: the checkpoint's, which no engine can lose.
         begun: see `Engine`.
+        queue: of the requests, which all ranks have in the same order; those that another rank took stay
+            None. Without it a rank's requests are its own.
 
     Raises:
         InputError: sending the weights RESENDS times brought no further rollout.
     """
     rollouts: list[Rollout | None] = [None] * len(prompts)
+    in_all = len(prompts) if queue else sum(gather(len(prompts)))
     todo, left, in_vain = range(len(prompts)), -1, 0
     while in_vain < RESENDS:
-        # What this rank still lacks.
-        missing = [prompts[i] for i in todo], [seeds[i] for i in todo]
-        going_on = [begun[i] for i in todo] if begun else None
+        # What this rank still lacks, or what is left in the queue.
+        asked = range(len(prompts)) if queue else todo
+        missing = [prompts[i] for i in asked], [seeds[i] for i in asked]
+        going_on = [begun[i] for i in asked] if begun else None
         with together():
-            new = engine.generate(*missing, how, lambda r: r.is_sound and done(r), going_on)
-        for i, rollout in zip(todo, new, strict=True):
-            rollouts[i] = rollout if rollout is not None and rollout.is_sound else None
-        todo = [i for i in todo if rollouts[i] is None]
+            take = queue.take if queue else None
+            new = engine.generate(*missing, how, lambda r: r.is_sound and done(r), going_on, take)
+        for i, rollout in zip(asked, new, strict=True):
+            if rollout is not None and rollout.is_sound:
+                rollouts[i] = rollout
+        todo = [i for i in (queue.taken if queue else todo) if rollouts[i] is None]
+        if queue:
+            queue.put_back(todo)
 
         # Until no rank lacks any.
-        before, left = left, sum(gather(len(todo)))
+        before, left = left, in_all - sum(gather(sum(rollout is not None for rollout in rollouts)))
         if not left:
             return rollouts
         in_vain = in_vain + 1 if left == before else 0
@@ -417,7 +430,8 @@ class TorchEngine:
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
         begun: list[Rollout | None] | None = None,
-    ) -> list[Rollout]:
+        take: Callable[[], int | None] | None = None,
+    ) -> list[Rollout | None]:
         """One rollout per (prompt, seed), in that order. See `Engine`.
 
         Raises:
@@ -429,25 +443,25 @@ class TorchEngine:
 
         # Continuous batching: a slot that comes free is taken by the next request.
         batch = _Batch(self, min(self.max_batch, len(prompts)), room, how)
-        waiting = deque()
         numbers = self.block_size * (2 if how.dither else 1)  # that a step draws
         begun = begun or [None] * len(prompts)
-        for index, (prompt, seed, old) in enumerate(zip(prompts, seeds, begun, strict=True)):
-            random = torch.Generator().manual_seed(seed)
-            if old:  # behind what its earlier steps drew
-                torch.rand(old.num_steps * numbers, dtype=torch.double, generator=random)
-            waiting.append(_Request(index, prompt, seed, random, old))
         rollouts: list[Rollout | None] = [None] * len(prompts)
-        while waiting or batch.requests:
+        waiting = iter(take, None) if take else iter(range(len(prompts)))
+        while True:
             joining = {}
-            while waiting and batch.free:
-                joining[batch.free.pop()] = waiting.popleft()
+            while batch.free and (index := next(waiting, None)) is not None:
+                seed, old = seeds[index], begun[index]
+                random = torch.Generator().manual_seed(seed)
+                if old:  # behind what its earlier steps drew
+                    torch.rand(old.num_steps * numbers, dtype=torch.double, generator=random)
+                joining[batch.free.pop()] = _Request(index, prompts[index], seed, random, old)
             if joining:
                 batch.join(joining)
+            if not batch.requests:
+                return rollouts
             for index, rollout in batch.step():
                 rollouts[index] = rollout
                 done(rollout)
-        return rollouts
 
 
 @dataclass
@@ -668,6 +682,7 @@ class LMDeployEngine(LMDeployProcess):
         how: Decoding,
         done: Callable[[Rollout], None] = lambda rollout: None,
         begun: list[Rollout | None] | None = None,
+        take: Callable[[], int | None] | None = None,
     ) -> list[Rollout | None]:
         """One rollout per (prompt, seed), in that order. See `Engine`.
 
@@ -681,7 +696,7 @@ class LMDeployEngine(LMDeployProcess):
         self.check_room(needed_positions(prompts, how, self.block_size, self.positions))
         begun = begun or [None] * len(prompts)
         so_far = [(old.response_ids, old.num_steps) if old else ([], 0) for old in begun]
-        for i, record in self.records(prompts, seeds, how, so_far):
+        for i, record in self.records(prompts, seeds, how, so_far, take):
             rollouts[i] = end_rollout(prompts[i], seeds[i], record, how, self.stop_ids, begun[i])
             done(rollouts[i])
         return rollouts

@@ -27,7 +27,7 @@ import os
 import sys
 import threading
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -375,11 +375,11 @@ def forwards_before(prompt_tokens: int, own_tokens: int, steps: int, block_size:
 class Server:
     """The engine, and what the parent can ask of it: every public method is a request."""
 
-    def __init__(self, conn: Connection, settings: dict[str, Any], weights_fd: int):
+    def __init__(self, conn: Connection, settings: dict[str, Any], weights_fd: int, messages: asyncio.Queue):
         from lmdeploy.messages import PytorchEngineConfig
         from lmdeploy.pytorch.engine import Engine
 
-        self.conn, self.weights_fd = conn, weights_fd
+        self.conn, self.weights_fd, self.messages = conn, weights_fd, messages
         self.block_size = settings["block_size"]
         options = dict(settings["options"])
         if self.block_size:
@@ -393,9 +393,17 @@ class Server:
         self.bucket = torch.empty(0, dtype=torch.uint8)
 
     async def generate(
-        self, requests: list[tuple[int, list[int], int, list[int], int]], how: Decoding, stop_ids: list[int]
+        self,
+        requests: list[tuple[int, list[int], int, list[int], int]],
+        how: Decoding,
+        stop_ids: list[int],
+        room: int = 0,
     ) -> None:
-        """Answer (index, prompt, seed, own tokens, their steps) requests; each is sent back as it stops."""
+        """Answer (index, prompt, seed, own tokens, their steps) requests; each is sent back as it stops.
+
+        Args:
+            room: how many to run at a time, with others from the parent when there is room; 0: only these.
+        """
         RECORDER.how = how
         if self.block_size:
             config = self.agent.agent_strategy.unmasking_processor.dllm_config
@@ -403,8 +411,22 @@ class Server:
             config.unmasking_strategy = type(config.unmasking_strategy).from_str(strategy)
             config.denoising_steps, config.confidence_threshold = how.denoising_steps, how.threshold
         beating = asyncio.create_task(self._beat())
+        waiting, asking = deque(requests), asyncio.Lock()
+
+        async def answer_some() -> None:
+            while waiting or room:
+                if waiting:
+                    request = waiting.popleft()
+                else:
+                    async with asking:  # what comes next over the connection is the reply
+                        self.conn.send(("take",))
+                        request = await self.messages.get()
+                if request is None:
+                    return
+                await self._answer(*request, how, stop_ids)
+
         try:
-            await asyncio.gather(*(self._answer(*request, how, stop_ids) for request in requests))
+            await asyncio.gather(*(answer_some() for _ in range(room or len(requests))))
         finally:
             beating.cancel()
 
@@ -505,7 +527,7 @@ class Server:
 def serve(conn: Connection, weights_fd: int) -> None:
     """Build the engine as the first message says, then answer requests until the parent is gone."""
     settings = conn.recv()
-    requests: asyncio.Queue = asyncio.Queue()
+    messages: asyncio.Queue = asyncio.Queue()
 
     # A thread reads, so that the end of the parent is noticed whatever the engine does.
     def listen(loop: asyncio.AbstractEventLoop) -> None:
@@ -514,15 +536,15 @@ def serve(conn: Connection, weights_fd: int) -> None:
                 message = conn.recv()
             except (EOFError, OSError):  # the parent closed its end or died: so do we, whatever we do
                 os._exit(0)
-            loop.call_soon_threadsafe(requests.put_nowait, message)
+            loop.call_soon_threadsafe(messages.put_nowait, message)
 
     # Requests are answered one after the other; an error is reported and the next one is taken.
     async def answer() -> None:
         threading.Thread(target=listen, args=(asyncio.get_running_loop(),), daemon=True).start()
-        server = Server(conn, settings, weights_fd)
+        server = Server(conn, settings, weights_fd, messages)
         conn.send(("done", server.engine.max_session_len))
         while True:
-            name, arguments = await requests.get()
+            name, arguments = await messages.get()
             try:
                 conn.send(("done", await getattr(server, name)(*arguments)))
             except Exception:

@@ -17,7 +17,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ from plumbing.gpu import (
 )
 
 LMDEPLOY_VERSION = "0.18.0"  # lmdeploy_child.py replaces private methods of this version
-MESSAGES = {"done": 2, "alive": 2, "rollout": 3, "error": 2}  # what it says, and in how many parts
+MESSAGES = {"done": 2, "alive": 2, "rollout": 3, "take": 1, "error": 2}  # what it says, and in how many parts
 READ_SECONDS = 60  # for the rest of a message that has begun
 
 
@@ -293,31 +293,48 @@ class LMDeployProcess:
         seeds: list[int],
         how: Any,
         so_far: list[tuple[list[int], int]],
+        take: Callable[[], int | None] | None = None,
     ) -> Iterator[tuple[int, dict[str, list]]]:
         """(index, record) of each request as it stops; ends early if the weights were lost on the way.
 
         Args:
             how: the settings, which the child's `generate` understands.
             so_far: what a request goes on behind: tokens after its prompt, and the steps that revealed them.
+            take: the index of the next request, whenever the child has room; None: no more. Without it the
+                child has all of them at once.
         """
-        todo = dict.fromkeys(range(len(prompts)))  # an ordered set
-        while todo:
+
+        def request(i: int) -> tuple:
+            return i, prompts[i], seeds[i] % 2**63, *so_far[i]
+
+        def taken() -> tuple | None:
+            if (i := take()) is None:
+                return None
+            todo[i] = None
+            return request(i)
+
+        todo = {} if take else dict.fromkeys(range(len(prompts)))  # an ordered set
+        while todo or take:
             try:
                 if self._process is None:
                     self._start()
                 if self._lost:
                     return
                 self.wake()
-                requests = [(i, prompts[i], seeds[i] % 2**63, *so_far[i]) for i in todo]
-                self._send(("generate", (requests, how, self.stop_ids)))
-                for i, record in self._receive_records():
+                known = [request(i) for i in todo]
+                self._send(("generate", (known, how, self.stop_ids, self.max_batch if take else 0)))
+                for i, record in self._receive_records(taken):
                     del todo[i]
                     yield i, record
+                return
             except _ChildDied as reason:
                 self._died(reason)
 
-    def _receive_records(self) -> Iterator[tuple[int, dict[str, list]]]:
+    def _receive_records(self, taken: Callable[[], tuple | None]) -> Iterator[tuple[int, dict[str, list]]]:
         """What the child sends until it is done.
+
+        Args:
+            taken: what it gets when it asks for a further request.
 
         Raises:
             _ChildDied: it died, or its network made no pass for silence_seconds.
@@ -332,6 +349,9 @@ class LMDeployProcess:
                     raise _ChildDied(f"no forward pass for {self.silence_seconds:.0f} s")
                 continue
             last_progress = time.monotonic()
+            if tag == "take":
+                self._send(taken())
+                continue
             if tag == "alive":
                 (forwards,) = content
                 continue

@@ -33,6 +33,7 @@ from plumbing.checkpoint import load_tokenizer, read_copied, save, stop_ids, tin
 from plumbing.common import InputError
 from plumbing.config import Rule, load_config
 from plumbing.lmdeploy_engine import child_environment, lmdeploy_problem
+from plumbing.queue import Request, SharedQueue
 from rollout import Decoding, LMDeployEngine, Rollout, TorchEngine, generate_all, hold_bound, reveal
 
 pytest.importorskip("lmdeploy", reason="pip install --no-deps -r requirements-lmdeploy.txt")
@@ -57,9 +58,9 @@ def on_cpu(monkeypatch, zygote):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(folder, log, block_size=4, stops=STOPS, dtype="float32", **changes) -> LMDeployEngine:
+def start(folder, log, block_size=4, stops=STOPS, dtype="float32", room=48, **changes) -> LMDeployEngine:
     mask_id = load_tokenizer(str(folder)).mask_token_id
-    return LMDeployEngine(str(folder), block_size, mask_id, stops, 48, dtype, log=log, **changes)
+    return LMDeployEngine(str(folder), block_size, mask_id, stops, room, dtype, log=log, **changes)
 
 
 def embedded(folder, block_size=4, stops=STOPS) -> TorchEngine:
@@ -275,6 +276,52 @@ def test_more_requests_than_fit_at_once(folder, tmp_path):
     expected = embedded(folder).generate(prompts, range(20), how)
     assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
     assert len(ended) == 20
+
+
+def test_requests_are_taken_when_there_is_room(folder, tmp_path):
+    """Never more than max_batch of them run, and all places are used; what nobody takes is not answered."""
+    prompts, how = prompts_of([9, 10, 3] * 8), Decoding(top_k=1, threshold=0.6, max_tokens=14)
+    numbers, taken, ended, running = iter(range(2, 20)), [], [], []
+
+    def take() -> int | None:
+        number = next(numbers, None)
+        if number is not None:
+            taken.append(number)
+            running.append(len(taken) - len(ended))
+        return number
+
+    engine = start(folder, tmp_path / "log", room=4)
+    rollouts = engine.generate(prompts, range(24), how, ended.append, take=take)
+    assert engine.generate(prompts, range(24), how, ended.append, take=take) == [None] * 24
+    engine.close()
+    expected = embedded(folder).generate(prompts, range(24), how)
+    assert [shown(r) if r else None for r in rollouts] == [
+        shown(r) if 2 <= i < 20 else None for i, r in enumerate(expected)
+    ]
+    assert taken == list(range(2, 20)) and len(ended) == 18
+    assert running[:4] == [1, 2, 3, 4] and set(running[4:]) == {4}
+
+
+def test_a_queue_survives_kills_of_the_engine(folder, tmp_path):
+    """Killed three times: what it had taken is done again, and nothing else."""
+    prompts, how = prompts_of([20] * 30), Decoding(max_tokens=40)
+    own = [Request(i, i, [], None) for i in range(30)]
+    engine, ended, queue = start(folder, tmp_path / "log", room=4), [], SharedQueue(own, 4)
+    updated = model.load(str(tiny(tmp_path / "updated", seed=7, **TINY)))
+    engine.update_weights(updated.named_parameters())
+    expected = generate_all(engine, prompts, range(30), how)
+
+    def kill_now_and_then(rollout) -> None:
+        ended.append(rollout.seed)
+        if len(ended) % 10 == 5:
+            engine._process.kill()
+
+    rollouts = generate_all(
+        engine, prompts, range(30), how, kill_now_and_then, updated.named_parameters, queue=queue
+    )
+    engine.close()
+    assert [shown(r) for r in rollouts] == [shown(r) for r in expected]
+    assert sorted(ended) == list(queue.taken) == list(range(30)), "one lost, or done twice"
 
 
 def test_preemption_changes_no_draw(folder, tmp_path):
@@ -719,7 +766,8 @@ def test_dipo_trains_and_resumes_with_it(folder, tmp_path):
     assert (tmp_path / "run" / "engine-rank0.log").exists()
 
 
-def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_path):
+@pytest.mark.parametrize("even_ranks", ["false", "true"])
+def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_path, even_ranks):
     script = tmp_path / "ranks.py"
     script.write_text(
         "import os, sys, threading\n"
@@ -728,8 +776,8 @@ def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_
         "from plumbing.common import run_script\nfrom plumbing.config import load_config\n"
         "LMDeployEngine.setup = 'lmdeploy_on_cpu:install'\n"
         "records = LMDeployEngine._receive_records\n"
-        "def once(self):\n"
-        "    for n, item in enumerate(records(self)):\n"
+        "def once(self, *more):\n"
+        "    for n, item in enumerate(records(self, *more)):\n"
         "        yield item\n"
         "        if n == 3 and self._own_weights and os.environ.pop('RANK', '') == '1':\n"
         "            self._process.kill()\n"
@@ -740,6 +788,7 @@ def test_two_ranks_send_the_weights_again_when_one_loses_its_engine(folder, tmp_
     arguments = [
         f"model={folder}", f"data={tmp_path}/rl.jsonl", f"out={tmp_path}/run", "engine=lmdeploy", "groups=6",
         "group_size=4", "rewards={accuracy: 0.0, speed: 1.0}", "lr=1e-3", "threshold=0.4", "steps=3",
+        f"even_ranks={even_ranks}", "max_batch=5",
     ]  # fmt: skip
     run = [
         sys.executable,
