@@ -49,14 +49,13 @@ function duration(seconds) {
   return (seconds / 3600).toFixed(1) + " h";
 }
 
-// What a reader has chosen outlives a reload: by the path of this file, in this tab.
+// What a reader has chosen outlives a reload: by the path of this file, in this tab. (Browsers keep the place.)
 const place = "report " + location.pathname;
 function remembered() {
   try { return JSON.parse(sessionStorage.getItem(place)) || {}; } catch { return {}; }
 }
-const state = Object.assign({scroll: 0, filter: "all", search: "", sort: "", file: 0, open: []}, remembered());
+const state = Object.assign({filter: "all", search: "", sort: "", file: 0, open: []}, remembered());
 function remember() {
-  state.scroll = scrollY;
   state.open = [...document.querySelectorAll("details[open]")].map((d) => d.dataset.name);
   try { sessionStorage.setItem(place, JSON.stringify(state)); } catch { /* private windows have no place */ }
 }
@@ -897,7 +896,6 @@ function reloadNowAndThen() {
 }
 
 ({training, evaluation, comparison})[D.kind]();
-if (state.scroll) scrollTo(0, state.scroll);
 // The trajectory that the address names, once the rest of this file is there.
 addEventListener("load", () => {
   const key = location.hash.slice(1), step = state.step;

@@ -124,6 +124,7 @@ def test_a_page_opens_quietly_and_fits(browser, pages, kind, width):
     assert page("document.title") and page.count("h2") >= 1 and page.count("#rows tbody tr") > 0
     page("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     assert page("document.documentElement.scrollWidth") <= width
+    assert page("document.querySelector('#rows').closest('.scroll').scrollWidth") <= width, "nor its table"
     key = page("document.querySelector('[data-key]').dataset.key")
     page.open(key)
     assert page("document.documentElement.scrollWidth") <= width
@@ -203,8 +204,15 @@ def test_slider_and_keys_replay_the_steps(browser, pages):
 def test_hover_and_tap_say_how_sure_it_was(browser, pages):
     """Of every position: probability, step, and the holds before, which the test counts by itself."""
     page = Page(browser, pages["training"])
-    record = records_of(pages["training"].parent / "rollouts.jsonl")[-1]
-    page.open(f"r-{len(records_of(pages['training'].parent / 'rollouts.jsonl'))}")
+    records = records_of(pages["training"].parent / "rollouts.jsonl")
+
+    def holds(record: dict) -> int:
+        """Of all tokens together, if the prompt ends inside a block."""
+        return len(record.get("hold_bounds", [])) if record["prompt_tokens"] % 4 else 0
+
+    number = max(range(len(records) - 50, len(records)), key=lambda i: holds(records[i]))
+    record = records[number]
+    page.open(f"r-{number + 1}")
     steps, order, next_hold = record["steps"], sorted(set(record["steps"])), 0
     kinds, event = set(), "new PointerEvent('pointerover', {bubbles: true})"
     for i, step in enumerate(steps):
@@ -225,8 +233,8 @@ def test_hover_and_tap_say_how_sure_it_was(browser, pages):
             found = re.search(rf"Held at step {place}: .*? below ([\d.]+), .*? probability ([\d.]+)", said)
             assert [float(found[1]), float(found[2])] == pytest.approx([bound, mass], abs=2e-4)
             next_hold += 1
-        kinds.add(bool(earlier))
-    assert kinds == {True, False} and next_hold == len(record["hold_bounds"])
+        kinds.add(len(earlier))
+    assert kinds >= {0, 1, 2} and next_hold == len(record["hold_bounds"])
 
     # A tap stays when the pointer goes on, until the next one.
     page("document.querySelector('[data-i=\"0\"]').click()")
