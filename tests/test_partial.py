@@ -30,7 +30,7 @@ from masking import pack, replay
 from plumbing import run_folder
 from plumbing.checkpoint import named_weights, tiny
 from plumbing.common import DataOrder, InputError, read_records
-from plumbing.open_groups import OpenGroup, grow_older, read_groups
+from plumbing.open_groups import OpenGroup, grow_older, more_questions, read_groups
 from rollout import Decoding, Rollout, TorchEngine, generate_all
 
 STOPS = list(range(0, WORDS, 40))
@@ -463,3 +463,31 @@ def test_what_a_checkpoint_has_of_a_rollout_is_the_rollout(folder, tmp_path, mon
         found = [read_groups(rank(number, world).unfinished(), Rollout) for number in range(world)]
         assert sorted((g for share in found for g in share), key=lambda g: g.number) == groups
         assert [g.number for g in found[0]] == list(range(7))[::world]
+
+
+# ------------------------------------------------------------------------------- how many questions
+
+
+def test_without_open_groups_as_many_are_asked_as_are_missing_at_the_rate_so_far():
+    rng = random.Random(0)
+    for _ in range(200):
+        wanted, ended = rng.randint(1, 40), rng.randint(1, 80)
+        useful = rng.randint(0, ended)
+        rate = max(max(useful, 1) / ended, 0.25)
+        found = more_questions(wanted, ended, ended, useful)
+        assert found == (math.ceil((wanted - useful) / rate) if useful < wanted else 0)
+    assert more_questions(8, 0, 0, 0) == 8
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 1), (0.5, 3), (0.5, 1), (0.25, 4)])
+def test_with_open_groups_as_many_end_as_are_asked(share, steps):
+    """Every question takes so many steps, and this share of them is useful: wanted / share are asked."""
+    wanted, in_flight, asked = 8, [0] * steps, 0
+    for _ in range(3 * steps):
+        ended = in_flight.pop(0)
+        asked = more_questions(wanted, 0, 0, 0)
+        for _ in range(20):  # rounds; what is asked in this step ends in a later one
+            asked += more_questions(wanted, asked, ended, share * ended)
+        in_flight.append(asked)
+    assert asked == wanted / share
+    assert more_questions(8, 8, 0, 0) == 0, "nothing has ended: as many as are wanted are on their way"
