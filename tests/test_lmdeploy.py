@@ -891,10 +891,13 @@ def test_an_interrupted_rollout_is_the_uninterrupted_one(both, how):
         assert [shown(r) for r in found] == [shown(r) for r in reference]
 
 
-def test_partial_rollouts_of_more_requests_than_fit_at_once(folder, tmp_path):
-    """Preempted, paused and gone on with, in a cache of five pages."""
+@pytest.mark.parametrize(
+    "options", [{"max_batch_size": 3, "num_gpu_blocks": 5}, {"max_prefill_token_num": 32}], ids=str
+)
+def test_partial_rollouts_where_room_is_short(folder, tmp_path, options):
+    """Preempted, paused and gone on with, in a cache of five pages; or prefilled in several pieces."""
     prompts, how = prompts_of([5, 70, 33, 1, 64]), Decoding(max_tokens=80)
-    engine = start(folder, tmp_path / "log", stops=[], options={"max_batch_size": 3, "num_gpu_blocks": 5})
+    engine = start(folder, tmp_path / "log", stops=[], options=options)
     wanted = engine.generate(prompts, range(5), how)
     found, calls = interrupted(engine, prompts, range(5), how, 21)
     engine.close()
