@@ -20,6 +20,7 @@ from plumbing import common
 from plumbing.checkpoint import load_tokenizer
 from plumbing.common import DataOrder
 from plumbing.config import load_config
+from plumbing.open_groups import grow_older
 from plumbing.queue import Request, SharedQueue
 from plumbing.ranks import barrier, rank_and_world, start_distributed
 from reward import Question
@@ -63,6 +64,21 @@ def run_collect(folder: Path, even: bool) -> dict:
     order = DataOrder(len(QUESTIONS), 0)
     groups, metrics = collect_groups(engine, engine.model, tokenizer, QUESTIONS, order, config, [])
     return {"groups": groups, "metrics": metrics, "passes": engine.passes}
+
+
+def run_partial(folder: Path, even: bool) -> list[dict]:
+    """Four steps whose rollouts stop after 12 tokens, and go on in the next one."""
+    tokenizer = load_tokenizer(str(folder))
+    engine = make_engine(folder, tokenizer)
+    config = configured(folder, even_ranks=str(even).lower(), partial_tokens=12)
+    order, open_groups, steps = DataOrder(len(QUESTIONS), 0), [], []
+    for _ in range(4):
+        parts = (engine, engine.model, tokenizer, QUESTIONS, order, config, open_groups)
+        groups, metrics = collect_groups(*parts)
+        metrics |= grow_older(open_groups, 1, 0)
+        waiting = [(group.number, group.unfinished) for group in open_groups]
+        steps.append({"groups": groups, "metrics": metrics, "open": waiting})
+    return steps
 
 
 def run_slow(folder: Path) -> dict:
@@ -146,6 +162,8 @@ def run_dies(folder: Path) -> None:
 CASES = {
     "even": lambda folder: run_collect(folder, True),
     "plain": lambda folder: run_collect(folder, False),
+    "partial-even": lambda folder: run_partial(folder, True),
+    "partial-plain": lambda folder: run_partial(folder, False),
     "slow": run_slow,
     "paced": run_paced,
     "unpaced": lambda folder: run_paced(folder, pace=False),

@@ -218,6 +218,20 @@ def test_the_same_groups_whoever_made_them(folder, tmp_path, zygote, ranks):
     ), "the same work, dealt out otherwise"
 
 
+def test_partial_rollouts_go_on_at_any_rank(folder, tmp_path, zygote):
+    """Step by step the same groups end, on the same ranks, and the same ones stay open."""
+    names = ("partial-even", "partial-plain")
+    records = on_ranks(zygote, 2, ",".join(names), folder, tmp_path)
+    for even, plain in zip(*(records[name] for name in names), strict=True):
+        for one, other in zip(even, plain, strict=True):
+            assert list(map(as_records, one["groups"])) == list(map(as_records, other["groups"]))
+            assert one["metrics"] == other["metrics"] and one["open"] == other["open"]
+            ages = [[r.ages for r in rollouts_of(step).values()] for step in (one, other)]
+            assert ages[0] == ages[1]
+        assert sum(bool(step["open"]) for step in even) >= 2, "some go on"
+        assert any(max(r.ages, default=0) > 0 for step in even for r in rollouts_of(step).values())
+
+
 def test_a_slow_rank_takes_fewer(folder, tmp_path, zygote):
     first, second = on_ranks(zygote, 2, "slow", folder, tmp_path)["slow"]
     assert second["taken"] == [1, 3, 5], "what it began with"

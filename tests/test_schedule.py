@@ -59,28 +59,27 @@ def test_a_batch_takes_the_passes_of_the_engine(engine):
 
 
 @pytest.mark.parametrize("limit", [4, 10, 16])
-def test_what_goes_on_takes_the_passes_of_the_engine(engine, limit):
-    """Phases of at most so many tokens; the engine goes on from a longer prompt."""
-    prompts, part = some_prompts(9), Decoding(threshold=0.6, max_tokens=limit)
-    texts, maps, counted, open_ones = list(prompts), [[] for _ in prompts], [], list(range(9))
-    for phase in range(3):
+def test_partial_rollouts_take_the_passes_of_the_engine(engine, limit):
+    """Known are the step maps of rollouts without a pause; the engine makes the same ones in parts."""
+    prompts, seeds = some_prompts(9), list(range(9))
+    whole = engine.generate(prompts, seeds, HOW)
+    requests, how = as_requests(prompts, [r.steps for r in whole]), dataclasses.replace(HOW)
+    how.partial_tokens = limit
+    begun, open_ones, calls = [None] * 9, seeds, 0
+    while open_ones:
         engine.passes.clear()
-        rollouts = engine.generate([texts[i] for i in open_ones], [10 * phase + i for i in open_ones], part)
-        counted.append((len(engine.passes), sum(engine.passes)))
-        for i, rollout in zip(list(open_ones), rollouts, strict=True):
-            texts[i] = texts[i] + rollout.response_ids
-            maps[i] += [step + max(maps[i], default=0) for step in rollout.steps]
-            if 5 in rollout.response_ids:
-                open_ones.remove(i)
-    assert 0 < len(open_ones) < 9, "some go on and some do not"
+        some = [begun[i] for i in open_ones]
+        rollouts = engine.generate([prompts[i] for i in open_ones], open_ones, how, begun=some)
+        for i, rollout in zip(open_ones, rollouts, strict=True):
+            begun[i] = rollout
 
-    requests, found = as_requests(prompts, maps), []
-    for _ in range(3):
         waiting = deque(r for r in requests if r.blocks < len(r.steps))
         (rank,) = roll_out([waiting], 3, Cost(), limit, lambda r, blocks: setattr(r, "blocks", blocks))
-        found.append((rank.passes, rank.work))
-    assert found == counted
-    assert all(r.blocks == len(r.steps) for r in requests)
+        assert (rank.passes, rank.work) == (len(engine.passes), sum(engine.passes))
+        assert [r.tokens(r.blocks) for r in requests] == [len(r.response_ids) for r in begun]
+        open_ones, calls = [i for i in seeds if begun[i].finish_reason == "unfinished"], calls + 1
+        assert open_ones == [i for i in seeds if requests[i].blocks < len(requests[i].steps)]
+    assert calls > 2 and [r.steps for r in begun] == [r.steps for r in whole]
 
 
 def by_the_pass(requests: list[list[tuple[int, int]]], shared: bool, slots: int, cost: Cost) -> list[float]:
