@@ -8,10 +8,12 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from report_runs import HOSTILE, evaluation, training_run
 from test_report import records_of
 
@@ -432,3 +434,13 @@ def test_a_finished_page_stays(browser, pages):
     page("(() => { const now = Date.now; Date.now = () => now() + 10 ** 9; })()")
     time.sleep(2.5)  # a page that reloads looks every second
     assert page("window.mine")
+
+
+def test_the_picture_of_the_readme(pages, tmp_path):
+    """docs/screenshot.py: curves above, below them a trajectory on its way."""
+    root, picture = Path(__file__).resolve().parents[1], tmp_path / "report.png"
+    command = [sys.executable, root / "docs/screenshot.py", pages["training"].parent, picture]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(picture) as image:
+        assert image.width == 1180 and image.height > 500 and len(image.convert("RGB").getcolors(10**6)) > 50

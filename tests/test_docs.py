@@ -61,6 +61,7 @@ def test_every_file_of_the_list_is_there(tracked):
 MADE_BY = {
     "docs/denoising.gif": ("rollout.py", "test_chat.py::test_the_picture_of_both_rules"),
     "docs/demo.png": ("benchmarks/demo.py", ".ci/run"),
+    "docs/report.png": ("docs/screenshot.py", "test_browser.py::test_the_picture_of_the_readme"),
     "docs/rewards.png": ("docs/rewards.py", "test_docs.py::test_the_curves_of_the_rewards_are_plotted"),
     "docs/speed.png": ("benchmarks/compare.py", "test_frontier.py::test_the_picture"),
     "docs/sweep.png": ("evaluate.py", "test_evaluate.py::test_a_sweep_is_measured_and_plotted"),
