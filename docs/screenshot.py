@@ -1,4 +1,4 @@
-"""Takes the README's picture of a report with Debian's chromium: the curves of a run, and a response replayed.
+"""Takes the README's picture of a report with Debian's chromium: curves of a run, and a response replayed.
 
     python docs/screenshot.py runs/demo/dipo docs/report.png
 
