@@ -104,7 +104,8 @@ def run_slow(folder: Path) -> dict:
     queue_take, queue.take = queue.take, take
     prompts = [tokenizer.encode(f"question {i}") for i in range(20)]
     rollouts = generate_all(engine, prompts, list(range(20)), Decoding(max_tokens=24), queue=queue)
-    return {"taken": list(queue.taken), "made": [i for i, r in enumerate(rollouts) if r is not None]}
+    made = [i for i, r in enumerate(rollouts) if r is not None]
+    return {"taken": list(queue.taken), "made": made, "seeds": [r.seed for r in queue.requests]}
 
 
 def run_paced(folder: Path, pace: bool = True) -> dict:

@@ -234,6 +234,7 @@ def test_partial_rollouts_go_on_at_any_rank(folder, tmp_path, zygote):
 
 def test_a_slow_rank_takes_fewer(folder, tmp_path, zygote):
     first, second = on_ranks(zygote, 2, "slow", folder, tmp_path)["slow"]
+    assert first["seeds"] == second["seeds"] == list(range(20)), "one order on all ranks: older ones first"
     assert second["taken"] == [1, 3, 5], "what it began with"
     assert first["taken"] == [0, 2, 4, *range(6, 20)]
     assert (first["made"], second["made"]) == (first["taken"], second["taken"])
