@@ -310,8 +310,9 @@ def collect_groups(
 ) -> tuple[list[Group], dict[str, float]]:
     """Ask questions until all ranks together have `config.groups` useful groups (DAPO), or long enough.
 
-    Open groups go on in the first round, and again as long as there is no useful group. So each ends within
-    max_tokens / partial_tokens steps, which bounds their number.
+    Open groups go on in the first round. Where that brings less than half of the groups, since most have not
+    ended (as in the first steps of a run with partial_tokens), further rounds are like the first one: a step
+    that would train on few is not made. So each group ends within max_tokens / partial_tokens steps.
 
     Args:
         policy: its weights go to an engine that had to be started again.
@@ -326,23 +327,31 @@ def collect_groups(
     rank, world = rank_and_world()
     kept, sums = [], Counter()  # of this rank; over all ranks and rounds
     rounds = asked = 0
+    filling = math.ceil(config.max_tokens / (config.partial_tokens or config.max_tokens))  # rounds, at most
     while True:
-        # How many more questions, at the share of useful groups so far.
-        more = more_questions(config.groups, asked, sums["groups"], sums["useful"])
-        new = order.take(more if rounds < config.max_rounds else 0)
-        if rounds and not new and (sums["useful"] or not count_unfinished(open_groups)):
+        # Does this round let open groups go on? It does if there are few useful ones.
+        few = 2 * sums["useful"] < config.groups
+        goes_on = few and (rounds == 0 or count_unfinished(open_groups) > 0)
+
+        # How many more questions, in later rounds at the share of useful groups so far.
+        filling = filling if goes_on else min(filling, rounds)
+        more = config.groups
+        if rounds >= filling:
+            more = more_questions(config.groups, asked, sums["groups"], sums["useful"])
+        new = order.take(more if rounds < filling + config.max_rounds - 1 else 0)
+        if not new and not goes_on:
             break
         rounds, asked = rounds + 1, asked + len(new)
 
         # This rank's share of them, and what goes on. Groups whose rewards are all the same teach nothing.
-        going, waiting = (open_groups[:], []) if rounds == 1 or not sums["useful"] else ([], open_groups[:])
+        going, waiting = (open_groups[:], []) if goes_on else ([], open_groups[:])
         groups = sample_groups(engine, policy, tokenizer, questions, new[rank::world], config, going)
         open_groups[:] = waiting + going
         kept += [g for g in groups if g.useful]
         sums.update(sum_over_ranks(count_rollouts(groups)))  # a Counter adds
     if not sums["useful"]:
         raise InputError(
-            f"{config.data}: no useful group among {sums['groups']:.0f} questions in {config.max_rounds} "
+            f"{config.data}: no useful group among {sums['groups']:.0f} questions in {rounds} "
             "rounds: all rollouts of a question had the same reward or verdict (too easy, too hard, or "
             "max_tokens too small)"
         )

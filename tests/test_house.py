@@ -77,7 +77,7 @@ def test_the_seven_can_be_read_in_an_afternoon():
     # 110 for the correction of the engine's rounding and what its settings optimise, and partial rollouts.
     # 59 for requests that ranks take from a queue.
     # 23 for an answer that the terminal shows.
-    assert sum(lines.values()) <= 3692, lines
+    assert sum(lines.values()) <= 3701, lines
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

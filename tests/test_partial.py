@@ -303,7 +303,8 @@ def test_as_many_end_as_are_asked_and_about_as_many_are_useful_as_wanted(folder,
     assert abs(asked - ended) < 0.15 * asked
 
 
-def test_a_step_without_a_useful_group_goes_on_with_those_that_are_open(folder, tmp_path):
+def test_a_step_with_few_useful_groups_goes_on_with_those_that_are_open(folder, tmp_path):
+    """Until half of what is wanted is there; not for more rounds of questions than a rollout can take."""
     settings = PARTIAL | {"partial_tokens": 4, "groups": 2, "max_rounds": 1}
     trainer = Trainer(configured(DiPOConfig, folder, tmp_path / "run", **settings))
     engine, order, open_groups, sizes = trainer.engine(), DataOrder(len(QUESTIONS), 0), [], []
@@ -315,17 +316,29 @@ def test_a_step_without_a_useful_group_goes_on_with_those_that_are_open(folder, 
 
     engine.generate = note
     kept, figures = one_step(trainer, engine, order, open_groups)
-    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True), "no new questions, and fewer go on"
-    assert kept and figures["groups_asked"] == 2
+    rounds = 24 // 4
+    assert 1 < len(sizes) <= 2 * rounds and sizes[0] == 2 * trainer.config.group_size
+    assert sizes[:rounds] == sorted(sizes[:rounds]), "new questions, while open groups go on"
+    assert sizes[rounds:] == sorted(sizes[rounds:], reverse=True), "then fewer and fewer"
+    assert kept and figures["groups_asked"] == 2 * min(len(sizes), rounds)
+
+
+def test_the_first_steps_are_as_large_as_later_ones(folder, tmp_path):
+    settings = PARTIAL | {"groups": 6, "max_rounds": 3}
+    trainer = Trainer(configured(DiPOConfig, folder, tmp_path / "run", **settings))
+    engine, order, open_groups = trainer.engine(), DataOrder(len(QUESTIONS), 0), []
+    figures = [one_step(trainer, engine, order, open_groups)[1] for _ in range(6)]
+    assert min(f["groups_kept"] for f in figures) >= 3
 
 
 def test_a_step_fails_only_when_none_is_open_any_more(folder, tmp_path):
     settings = PARTIAL | {"rewards.speed": 0, "rewards.accuracy": 1, "max_rounds": 1, "groups": 2}
     trainer = Trainer(configured(DiPOConfig, folder, tmp_path / "run", **settings))
     engine, order, open_groups = trainer.engine(), DataOrder(len(QUESTIONS), 0), []
-    with pytest.raises(InputError, match="no useful group among 2 questions in 1 rounds"):
+    asked = 2 * math.ceil(24 / trainer.config.partial_tokens)
+    with pytest.raises(InputError, match=rf"no useful group among {asked} questions in \d+ rounds"):
         one_step(trainer, engine, order, open_groups)
-    assert not open_groups and order.cursor == 2
+    assert not open_groups and order.cursor == asked
 
 
 def test_tokens_grow_older_and_groups_beyond_the_limit_are_dropped():
