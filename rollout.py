@@ -705,7 +705,7 @@ class LMDeployEngine(LMDeployProcess):
 def make_engine(
     checkpoint: str | Path, tokenizer: PreTrainedTokenizerFast, block_size: int, config: Any, log: Path
 ) -> Engine:
-    """The rollout engine for a checkpoint, as config.engine says; the choice is printed.
+    """The rollout engine for a checkpoint, as config.engine says; if it leaves the choice, that is printed.
 
     Args:
         block_size: 0: the checkpoint's, see `choose_block_size`.
@@ -720,8 +720,8 @@ def make_engine(
     name = config.engine
     if name == "auto":
         name = "torch" if lmdeploy_problem() else "lmdeploy"
-    if rank_and_world()[0] == 0:
-        tell(f"engine: {name}")
+        if rank_and_world()[0] == 0:
+            tell(f"engine: {name}")
 
     # The embedded one, or the subprocess, which also serves autoregressive models (no blocks).
     mask_id, stops = tokenizer.mask_token_id, stop_ids(tokenizer)
@@ -738,11 +738,8 @@ def answer(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, question: str, history: list[dict], options: Any
 ) -> Answer:
     """The next turn of a chat, with the text, step, block and probability of each of its tokens."""
-    prompt, b, greedy = (
-        encode_prompt(tokenizer, question, history),
-        engine.block_size,
-        not options.temperature,
-    )
+    prompt = encode_prompt(tokenizer, question, history)
+    b, greedy = engine.block_size, not options.temperature
     how = Decoding.from_config(options, temperature=options.temperature or 1.0, top_k=int(greedy))
     how.denoising_steps = b
     start = time.perf_counter()
@@ -768,11 +765,14 @@ def main() -> None:
     options = read_options(__doc__)
     tokenizer, folder = load_tokenizer(options.checkpoint), find_folder(options.checkpoint)
     by_blocks = is_block_diffusion(folder)
-    if by_blocks or options.engine == "lmdeploy" or (options.engine == "auto" and not lmdeploy_problem()):
+    if options.engine == "auto":
+        options.engine = "torch" if lmdeploy_problem() else "lmdeploy"
+    if by_blocks or options.engine == "lmdeploy":
         log = Path(tempfile.gettempdir()) / f"rollout-{os.getpid()}.log"
         engine = make_engine(folder, tokenizer, 0, options, log)
     else:
         engine = Autoregressive(folder, options.dtype, stop_ids(tokenizer))
+    options.max_tokens = options.max_tokens or min(256, (engine.positions or 512) // 2)
     answer_questions(options, functools.partial(answer, engine, tokenizer), by_blocks)
 
 

@@ -77,7 +77,11 @@ def read_options(description: str) -> argparse.Namespace:
     )
     parser.add_argument("--temperature", type=NUMBERS["temperature"], default=0.0, help="0, which is greedy")
     parser.add_argument("--seed", type=NUMBERS["seed"], default=0, help="of the draws: 0")
-    parser.add_argument("--max-tokens", type=NUMBERS["max_tokens"], default=256, help="of an answer: 256")
+    parser.add_argument(
+        "--max-tokens",
+        type=NUMBERS["max_tokens"],
+        help="of an answer: 256, at most half of what the model has",
+    )
     parser.add_argument("--pace", type=number(float, 0), help="seconds per step; 0: at once")
     parser.add_argument("--gif", type=animation_name, metavar="FILE", help="both rules, side by side")
     parser.add_argument("--engine", choices=["auto", "torch", "lmdeploy"], default="auto")
@@ -96,7 +100,7 @@ def answer_questions(options: argparse.Namespace, answers: Answers, by_blocks: b
     Args:
         by_blocks: whether the rules make a difference; if not, the model decodes a token per step.
     """
-    if "utf" not in (sys.stdout.encoding or "").lower():
+    if hasattr(sys.stdout, "reconfigure") and "utf" not in (sys.stdout.encoding or "").lower():
         sys.stdout.reconfigure(errors="backslashreplace")  # not all letters are known there
     if options.gif:
         animate(options, answers, by_blocks)

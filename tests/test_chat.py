@@ -98,7 +98,7 @@ def test_the_defaults_and_every_flag(options):
         "threshold": 0.9,
         "temperature": 0.0,
         "seed": 0,
-        "max_tokens": 256,
+        "max_tokens": None,
         "pace": None,
     }
     wanted |= {"gif": None, "engine": "auto", "dtype": "float32", "question": "q", "checkpoint": "CHECKPOINT"}
@@ -411,7 +411,7 @@ def test_a_question_in_a_pipe(tiny_folder, engine, tokenizer, options):
     asked = options("q", "--static", "--max-tokens", "12")
     assert printed == "\n".join(plain_lines(rollout.answer(engine, tokenizer, "3+8?", [], asked))) + "\n"
     assert all(c.isprintable() or c == "\n" for c in printed)
-    assert done.stderr.decode() == "engine: torch\n", "no bar, no sequence"
+    assert done.stderr.decode() == "", "no bar, no sequence"
     (step_map,) = step_maps(printed)
     assert sorted(step_map) == list(range(1, len(step_map) + 1))
 
@@ -487,7 +487,7 @@ def test_a_chat_on_a_terminal(tiny_folder):
         screen = Screen(80, 60)
         screen.feed(running.output)
         lines = screen.text.split("\n")
-        assert lines[0] == "engine: torch" and "> 3+8?" in lines and "generating" not in screen.text
+        assert "> 3+8?" in lines and "generating" not in screen.text
         assert sum("tokens/s" in line for line in lines) == 1 and screen.too_high == 0
         assert re.search(r"\033\[\?2026h.*step 1/", running.output, re.DOTALL), "it moved"
     finally:

@@ -187,7 +187,7 @@ def test_help_shows_the_launch_lines_and_what_every_field_means(config_class) ->
     for f in fields(config_class):
         assert f"\n  {f.name}=" in printed
         assert f.metadata["meaning"] and "".join(f.metadata["meaning"].split()) in unwrapped, f.name
-    assert "tokens per block; 0: the checkpoint's, or 4" in printed
+    assert "tokens per block; 0: config.json's, else by name, else 4" in printed
 
 
 @pytest.mark.parametrize("script", ["masking", "model", "rollout", "reward"])
