@@ -63,6 +63,10 @@ MADE_BY = {
     "docs/demo.png": ("benchmarks/demo.py", ".ci/run"),
     "docs/report.png": ("docs/screenshot.py", "test_browser.py::test_the_picture_of_the_readme"),
     "docs/rewards.png": ("docs/rewards.py", "test_docs.py::test_the_curves_of_the_rewards_are_plotted"),
+    "docs/schedule.png": (
+        "benchmarks/schedule.py",
+        "test_schedule.py::test_the_program_prints_a_table_and_draws",
+    ),
     "docs/speed.png": ("benchmarks/compare.py", "test_frontier.py::test_the_picture"),
     "docs/sweep.png": ("evaluate.py", "test_evaluate.py::test_a_sweep_is_measured_and_plotted"),
     "docs/method": ("docs/method.py", "test_method.py::test_the_pictures_in_git_are_those_that_are_drawn"),
