@@ -239,3 +239,7 @@ def test_the_inference_examples_run(engine, tiny_folder, tmp_path, monkeypatch, 
     assert len(code.strip().splitlines()) <= 11
     exec(code.replace("JetLM/SDAR-8B-Chat", str(tiny_folder)), {})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
