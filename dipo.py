@@ -59,11 +59,7 @@ class DiPOConfig(TrainConfig):
     least_tpf_spread: float = setting(
         0.0, "groups without right or without wrong responses: useful if TPF of right ones differs by so much"
     )
-    even_ranks: bool = setting(
-        False,
-        "a rank takes the next rollout when it has room; false: it gets its questions in advance",
-        may_change=True,
-    )
+    even_ranks: bool = setting(False, "a rank takes the next rollout when it has room", may_change=True)
     max_rounds: int = setting(3, "after so many rounds of sampling fewer useful groups will do", above=0)
     rewards: dict[str, float] = setting({"accuracy": 1.0}, "name: weight; 0: left out", at_least=None)
     reward_seconds: float = setting(30.0, "limit for a call of your own reward", above=0, may_change=True)
@@ -114,9 +110,7 @@ class DiPOConfig(TrainConfig):
     top_p: float = setting(1.0, "likewise; 1: off", above=0, at_most=1)
     max_tokens: int = setting(64, "new tokens per rollout", above=0)
     partial_tokens: int = setting(0, "of these per step; the next step goes on where one stopped; 0: off")
-    max_age: int = setting(
-        0, "groups with tokens from more updates ago are dropped, so long answers if it is small; 0: none"
-    )
+    max_age: int = setting(0, "groups with tokens of more updates ago (long answers) are dropped; 0: none")
 
     def check(self) -> None:
         """Check the names of the rewards and the data file; see TrainConfig."""
@@ -155,7 +149,7 @@ from plumbing.common import DataOrder, Stopwatch, progress
 from plumbing.gpu import check_memory, reshard, to_engine, to_trainer
 from plumbing.guard import Guard, noted, together
 from plumbing.lengths import fitting_questions
-from plumbing.open_groups import OpenGroup, count_unfinished, grow_older, more_questions, read_groups
+from plumbing.open_groups import OpenGroup, Rounds, grow_older, read_groups
 from plumbing.queue import Ahead, Request, SharedQueue
 from plumbing.ranks import deal, gather, micro_batches, rank_and_world, start_distributed, sum_over_ranks
 from plumbing.run_folder import RunFolder, due, lr_at, make_optimizer, set_lr
@@ -310,9 +304,7 @@ def collect_groups(
 ) -> tuple[list[Group], dict[str, float]]:
     """Ask questions until all ranks together have `config.groups` useful groups (DAPO), or long enough.
 
-    Open groups go on in the first round. Where that brings less than half of the groups, since most have not
-    ended (as in the first steps of a run with partial_tokens), further rounds are like the first one: a step
-    that would train on few is not made. So each group ends within max_tokens / partial_tokens steps.
+    Each group ends within max_tokens / partial_tokens steps: plumbing.open_groups.Rounds.
 
     Args:
         policy: its weights go to an engine that had to be started again.
@@ -325,23 +317,12 @@ def collect_groups(
         InputError: no useful group within config.max_rounds rounds, and none is open.
     """
     rank, world = rank_and_world()
-    kept, sums = [], Counter()  # of this rank; over all ranks and rounds
-    rounds = asked = 0
-    filling = math.ceil(config.max_tokens / (config.partial_tokens or config.max_tokens))  # rounds, at most
+    kept, sums, rounds = [], Counter(), Rounds(config)  # of this rank; over all ranks; the same on all
     while True:
-        # Does this round let open groups go on? It does if there are few useful ones.
-        few = 2 * sums["useful"] < config.groups
-        goes_on = few and (rounds == 0 or count_unfinished(open_groups) > 0)
-
-        # How many more questions, in later rounds at the share of useful groups so far.
-        filling = filling if goes_on else min(filling, rounds)
-        more = config.groups
-        if rounds >= filling:
-            more = more_questions(config.groups, asked, sums["groups"], sums["useful"])
-        new = order.take(more if rounds < filling + config.max_rounds - 1 else 0)
-        if not new and not goes_on:
+        more, goes_on = rounds.next(sums["groups"], sums["useful"], open_groups)
+        if not more and not goes_on:
             break
-        rounds, asked = rounds + 1, asked + len(new)
+        new = order.take(more)
 
         # This rank's share of them, and what goes on. Groups whose rewards are all the same teach nothing.
         going, waiting = (open_groups[:], []) if goes_on else ([], open_groups[:])
@@ -351,7 +332,7 @@ def collect_groups(
         sums.update(sum_over_ranks(count_rollouts(groups)))  # a Counter adds
     if not sums["useful"]:
         raise InputError(
-            f"{config.data}: no useful group among {sums['groups']:.0f} questions in {rounds} "
+            f"{config.data}: no useful group among {sums['groups']:.0f} questions in {rounds.done - 1} "
             "rounds: all rollouts of a question had the same reward or verdict (too easy, too hard, or "
             "max_tokens too small)"
         )
@@ -364,7 +345,7 @@ def collect_groups(
         "response_tokens": sums["shown"] / sums["rollouts"],
         "truncation_rate": sums["truncated"] / sums["rollouts"],
         "groups_kept": int(sums["useful"]),
-        "groups_asked": asked,
+        "groups_asked": rounds.asked,
         "kept_rate": sums["useful"] / sums["groups"],
         "rollout_tokens": int(sums["tokens"]),
     }

@@ -42,6 +42,41 @@ def more_questions(wanted: int, asked: int, ended: float, useful: float) -> int:
     return max(0, math.ceil(missing / max(share, 0.25)))
 
 
+class Rounds:
+    """The rounds of a step: how many questions each asks, and whether open groups go on in it.
+
+    They do in the first one. Where that brings less than half of the groups, since most have not ended (as in
+    the first steps of a run with partial_tokens), further rounds are like the first one, as many as a rollout
+    can take steps: an update by few groups would be noise. Later rounds only ask what is missing.
+    """
+
+    def __init__(self, config: Any):
+        """
+        Args:
+            config: has groups, max_rounds, max_tokens and partial_tokens.
+        """
+        self.config, self.done, self.asked = config, 0, 0
+        self._filling = math.ceil(config.max_tokens / (config.partial_tokens or config.max_tokens))
+
+    def next(self, ended: float, useful: float, open_groups: list[OpenGroup]) -> tuple[int, bool]:
+        """How many more questions to ask, and whether open groups go on; 0, False: the step is over.
+
+        Args:
+            ended, useful: groups of all ranks so far, as for `more_questions`.
+            open_groups: of this rank; call it on every one.
+        """
+        few = 2 * useful < self.config.groups
+        goes_on = few and (self.done == 0 or count_unfinished(open_groups) > 0)
+        self._filling = self._filling if goes_on else min(self._filling, self.done)
+        more = self.config.groups
+        if self.done >= self._filling:
+            more = more_questions(self.config.groups, self.asked, ended, useful)
+        if self.done >= self._filling + self.config.max_rounds - 1:
+            more = 0
+        self.done, self.asked = self.done + 1, self.asked + more
+        return more, goes_on
+
+
 def count_unfinished(groups: list[OpenGroup]) -> int:
     """Unfinished rollouts of all ranks; call it on every one."""
     count = sum(len(group.unfinished) for group in groups)
