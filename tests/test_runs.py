@@ -25,6 +25,7 @@ from plumbing.gpu import GIB
 
 SIZES = ["1.7B", "8B", "tiny"]
 SHELL_FILES = ["runs.sh", "docs/slurm.sbatch"]
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 HANG_GUARD = 300.0  # seconds; far above what anything here needs
 NAMES = ("OUT", "DATA", "SOURCE", "GPUS", "SFT", "DIPO", "EVAL", "NNODES", "NODE_RANK", "MASTER", "DRY")
 
@@ -61,9 +62,9 @@ def test_the_shell_understands_it(file):
 
 
 @pytest.mark.parametrize("file", SHELL_FILES)
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.skipif(not SHELLCHECK, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(file):
-    done = subprocess.run(["shellcheck", "--shell=bash", ROOT / file], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, "--shell=bash", ROOT / file], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
