@@ -28,7 +28,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from plumbing.common import InputError, first_line, parse_json, printable, run_script, writing
-from plumbing.config import Parser, TrainConfig, as_typed
+from plumbing.config import Parser, TrainConfig, as_typed, changed_fields
 from plumbing.figures import BENCHMARKS
 from plumbing.kept import read_settings
 
@@ -200,11 +200,10 @@ def repo_of(folder: Path, name: str, checksum: str = "") -> str:
 
 def settings_of(config: TrainConfig) -> dict[str, str]:
     """The fields that decide a run's result and are not their defaults, as they are typed."""
-    found = {}
+    found, changed = {}, changed_fields(config)
     for f in dataclasses.fields(config):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         matters = not f.metadata.get("may_change") or (f.name == "steps" and config.schedule != "constant")
-        if matters and f.name not in ("model", "data") and getattr(config, f.name) != default:
+        if matters and f.name not in ("model", "data") and f.name in changed:
             found[f.name] = as_typed(getattr(config, f.name))
     return found
 

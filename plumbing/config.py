@@ -245,11 +245,22 @@ class FieldDoc:
     may_change: bool  # when the run is resumed
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a dataclass's field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def changed_fields(config: Any) -> dict[str, Any]:
+    """The defaults of the fields of a dataclass's object that have another value, by name."""
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(config)}
+    return {name: default for name, default in defaults.items() if getattr(config, name) != default}
+
+
 def field_docs(config_class: type) -> list[FieldDoc]:
     """Every field of a config class, in order, with its default and its meaning."""
     hints, docs = get_type_hints(config_class), []
     for f in dataclasses.fields(config_class):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        default = default_of(f)
         meaning = f.metadata.get("meaning", "")
         choices = get_args(hints[f.name]) if isinstance(default, str) else ()
         if choices:

@@ -24,7 +24,7 @@ import torch
 
 from plumbing.checkpoint import find_folder
 from plumbing.common import ROOT, InputError
-from plumbing.config import TrainConfig
+from plumbing.config import TrainConfig, changed_fields
 from plumbing.ranks import rank_and_world
 
 PIECE = 2**20  # bytes at each end of a file of weights that tell it from another one
@@ -61,11 +61,6 @@ def origin(config: Any, step: int = 0) -> dict[str, Any]:
         config: a dataclass; of its fields those are named that have another value than their default.
         step: the last step done, of a run.
     """
-    changed = {}
-    for f in dataclasses.fields(config):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        if getattr(config, f.name) != default:
-            changed[f.name] = default
     versions = f"{rank_and_world()[1]} ranks, Python {platform.python_version()}, torch {torch.__version__}"
     return {
         "step": step,
@@ -73,7 +68,7 @@ def origin(config: Any, step: int = 0) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(),
         "machine": f"{platform.node()}, {devices()}, {versions}",
-        "defaults": changed,
+        "defaults": changed_fields(config),
     }
 
 
