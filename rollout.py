@@ -70,7 +70,7 @@ from plumbing.guard import together
 from plumbing.lmdeploy_engine import LMDeployProcess, lmdeploy_problem
 from plumbing.queue import SharedQueue
 from plumbing.ranks import gather, rank_and_world
-from plumbing.show import Answer, of_tokens
+from plumbing.show import Answer, of_record
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -755,9 +755,7 @@ def answer(
         logprobs = [score for _, score in sorted(zip(order, scores, strict=True))]
     elif greedy and isinstance(engine, LMDeployEngine):
         logprobs = None
-    ids, steps = (prompt, rollout.response_ids), [0] * len(prompt) + rollout.steps
-    end = rollout.num_tokens, rollout.finish_reason
-    return of_tokens(tokenizer, *ids, steps, logprobs, b, *end, seconds)
+    return of_record(tokenizer, prompt, rollout, logprobs, b, seconds)
 
 
 def main() -> None:

@@ -79,35 +79,33 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     return texts
 
 
-def of_tokens(
+def of_record(
     tokenizer: Any,
     prompt: list[int],
-    response: list[int],
-    steps: list[int],
+    record: Any,
     logprobs: list[float] | None,
     block_size: int,
-    num_tokens: int,
-    finish_reason: str,
     seconds: float,
 ) -> Answer:
-    """An answer from its tokens.
+    """The answer that an engine's record is.
 
     Args:
-        steps: of prompt and response.
-        logprobs: of the response.
+        record: has response_ids and the steps of these, num_tokens and finish_reason.
+        logprobs: of response_ids; None: not known.
         block_size: tokens per block; the prompt's first token begins the first one.
-        num_tokens, finish_reason, seconds: see `Answer`.
+        seconds: of generation.
     """
+    response, steps = record.response_ids, [0] * len(prompt) + record.steps
     probabilities = None if logprobs is None else [1.0] * len(prompt) + list(map(math.exp, logprobs))
     return Answer(
-        token_texts(tokenizer, prompt) + token_texts(tokenizer, response),
-        steps,
-        [i // block_size for i in range(len(steps))],
-        probabilities,
-        num_tokens,
-        finish_reason,
-        tokenizer.decode(response[:num_tokens], skip_special_tokens=True),
-        seconds,
+        texts=token_texts(tokenizer, prompt) + token_texts(tokenizer, response),
+        steps=steps,
+        blocks=[i // block_size for i in range(len(steps))],
+        probabilities=probabilities,
+        num_tokens=record.num_tokens,
+        finish_reason=record.finish_reason,
+        text=tokenizer.decode(response[: record.num_tokens], skip_special_tokens=True),
+        seconds=seconds,
     )
 
 

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from conftest import random_steps
@@ -28,7 +29,7 @@ from plumbing.show import (
     colour,
     counters,
     layout,
-    of_tokens,
+    of_record,
     plain_lines,
     token_texts,
 )
@@ -158,9 +159,10 @@ def test_the_plain_form_is_that_of_before():
             [rng.randrange(33, 120) for _ in range(size)],
             random_steps(rng, len(prompt), size, b),
         )
-        answer = of_tokens(
-            tokenizer, prompt, response, [0] * len(prompt) + steps, [-1.0] * size, b, size - 1, "length", 1.0
+        record = SimpleNamespace(
+            response_ids=response, steps=steps, num_tokens=size - 1, finish_reason="length"
         )
+        answer = of_record(tokenizer, prompt, record, [-1.0] * size, b, seconds=1.0)
         ids, all_steps, expected = prompt + response, [0] * len(prompt) + steps, []
         for step in range(1, max(steps) + 1):
             block = all_steps.index(step) // b
