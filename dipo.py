@@ -736,7 +736,8 @@ def accumulate_gradients(
         if first_update:
             sums |= {"train_tokens": len(packed), "ages": packed.ages[~held].sum()}
             sums |= engine_gap(now[fresh], packed.engine_logprobs[fresh], held[fresh])
-            sums |= correction_sums(old[fresh], packed.engine_logprobs[fresh], correction[fresh])
+            if config.correction != "none":
+                sums |= correction_sums(old[fresh], packed.engine_logprobs[fresh], correction[fresh])
         stats.append({name: float(value) for name, value in sums.items()})
         noted(stats[-1]["loss"], f"loss of row {len(stats)} of {len(rows)} on rank {rank}")
         bar.update()

@@ -183,9 +183,8 @@ class Job:
         fields = {name: getattr(config, name) for name in names}
         rolls_out = config.eval_every or hasattr(config, "group_size")
         fields["engine"] = engine if rolls_out else ""
-        fields["block_size"] = config.block_size or getattr(shape, "block_size", None)
-        folder = getattr(shape, "_name_or_path", "")
-        fields["block_size"] = fields["block_size"] or assumed_block_size(folder)[0]
+        block_size = config.block_size or getattr(shape, "block_size", None)
+        fields["block_size"] = block_size or assumed_block_size(getattr(shape, "_name_or_path", ""))[0]
         fields["reference"] = bool(getattr(config, "kl_beta", 0))
         return cls(**fields | {"shape": shape, "ranks": ranks, "longest": longest})
 
