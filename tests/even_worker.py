@@ -32,8 +32,12 @@ ROOM = 3
 
 
 def make_engine(folder: Path, tokenizer, room: int = ROOM) -> TorchEngine:
-    """The embedded engine; `passes` has the number of requests of every forward pass."""
-    engine = TorchEngine(load(str(folder)), 4, tokenizer.mask_token_id, STOPS, room)
+    """The embedded engine, counting its passes."""
+    return counting_passes(TorchEngine(load(str(folder)), 4, tokenizer.mask_token_id, STOPS, room))
+
+
+def counting_passes(engine: TorchEngine) -> TorchEngine:
+    """The engine, whose `passes` then has the number of requests of every forward pass."""
     decode, engine.passes = engine.model.decode, []
 
     def counted(ids, *arguments):

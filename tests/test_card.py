@@ -233,6 +233,17 @@ def blocks(body: str, language: str = "") -> list[str]:
     return [text for kind, text in found if kind == language]
 
 
+def run_snippet(script: str, folder: Path, environment: dict[str, str], seconds: float):
+    """A script in a process of its own, which has to end well."""
+    (folder / "script.py").write_text(script)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_the_lines_for_transformers_decode_as_we_do(kind, tmp_path, monkeypatch):
     """In a process that has nothing of this repository; without running code of the checkpoint."""
@@ -246,17 +257,8 @@ def test_the_lines_for_transformers_decode_as_we_do(kind, tmp_path, monkeypatch)
     lines = "\n".join(card.usage(read_copied(folder)))
     (snippet,) = blocks(lines, "python")
     script = snippet.replace("FOLDER", str(folder)).replace("256", "40").replace("0.9", "0.3")
-    (tmp_path / "script.py").write_text(script + "print(ids[prompt:])\n")
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_snippet(script + "print(ids[prompt:])\n", tmp_path, environment, seconds=120)
     tokenizer = load_tokenizer(folder)
     engine = TorchEngine(load(folder), 8, tokenizer.mask_token_id, stop_ids(tokenizer))
     prompt = encode_prompt(tokenizer, "What is 12 * 7?")
@@ -276,17 +278,9 @@ def test_the_lines_for_lmdeploy_run_and_decode_as_we_do(tmp_path):
     script = script.replace('dtype="bfloat16"', 'dtype="float32"').replace(").text)", ").token_ids)")
     first = "import os\nos.environ['LMDEPLOY_ENABLE_CHECK_ENV'] = '0'\n"
     first += "import lmdeploy_on_cpu\nlmdeploy_on_cpu.install()\n"
-    (tmp_path / "script.py").write_text(first + script)
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = run_snippet(
+        first + script, tmp_path, ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests")}, seconds=300
     )
-    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     tokenizer = load_tokenizer(folder)
     engine = TorchEngine(load(folder), 4, 151_669, stop_ids(tokenizer))

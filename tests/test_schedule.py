@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import schedule
 from conftest import TINY
+from even_worker import counting_passes
 from schedule import Cost, DrawnLengths, Job, Request, Schedule, recorded_request, roll_out, simulate
 
 import model
@@ -27,14 +28,7 @@ def engine(tmp_path_factory):
     """Uneven lengths: a stop token that is drawn now and then. `passes` has the requests of every pass."""
     folder = tiny(tmp_path_factory.mktemp("schedule") / "tiny", seed=3, **TINY | {"vocab_size": VOCABULARY})
     engine = TorchEngine(model.load(str(folder)), B, MASK, [5], max_batch=3)
-    decode, engine.passes = engine.model.decode, []
-
-    def counted(ids, *arguments):
-        engine.passes.append(len(ids))
-        return decode(ids, *arguments)
-
-    engine.model.decode = counted
-    return engine
+    return counting_passes(engine)
 
 
 def some_prompts(count: int) -> list[list[int]]:
